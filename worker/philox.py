@@ -1,0 +1,57 @@
+"""Philox-4x32-10, the counter-based generator behind every draw. Numbers only: no tokens' meaning, no torch.
+
+Salmon, Moraes, Dror, Shaw: Parallel random numbers: as easy as 1, 2, 3 (SC 2011). A counter of 4 × 32 bits and a key of
+2 × 32 bits give 4 × 32 random bits; equal inputs give equal bits on any machine and in any order.
+
+Carousel's use of it, which a device kernel must reproduce (tl.philox): the key is the request's 64-bit seed (low word, high
+word), the counter is (token_id // 4, position, output_index, 0), and token_id % 4 picks the word x of the four. From x:
+    u = ((x >> 9) + 1/2) · 2⁻²³      odd multiples of 2⁻²⁴ in (0, 1), each exact in float32 (24 bits and a half would round to 1)
+    gumbel = −log(−log(u))           in [GUMBEL_MIN, GUMBEL_MAX], float32
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+U64 = NDArray[np.uint64]
+F32 = NDArray[np.float32]
+
+_M0, _M1 = np.uint64(0xD2511F53), np.uint64(0xCD9E8D57)  # multipliers
+_W0, _W1 = np.uint64(0x9E3779B9), np.uint64(0xBB67AE85)  # what the key grows by, each round
+_LOW, _32 = np.uint64(0xFFFFFFFF), np.uint64(32)
+_CHUNK = 8192  # counters at a time: the temporaries (64 KiB each) stay in the second-level cache
+LANES = 4
+
+GUMBEL_MIN = np.float32(-np.log(-np.log(2.0**-24)))  # -2.81
+GUMBEL_MAX = np.float32(-np.log(-np.log1p(-(2.0**-24))))  # 16.64
+
+
+def philox4x32(c0: U64, c1: U64, c2: U64, c3: U64, k0: U64, k1: U64, rounds: int = 10) -> U64:
+    """[n] each, values below 2³², to [n, 4] words below 2³² (in uint64, as the products are)."""
+    out = np.empty((len(c0), LANES), np.uint64)
+    for at in range(0, len(c0), _CHUNK):
+        part = slice(at, at + _CHUNK)
+        out[part] = _rounds(c0[part], c1[part], c2[part], c3[part], k0[part], k1[part], rounds)
+    return out
+
+
+def _rounds(c0: U64, c1: U64, c2: U64, c3: U64, k0: U64, k1: U64, rounds: int) -> U64:
+    for _ in range(rounds):
+        product_0, product_1 = _M0 * c0, _M1 * c2
+        c0, c1 = (product_1 >> _32) ^ c1 ^ k0, product_1 & _LOW
+        c2, c3 = (product_0 >> _32) ^ c3 ^ k1, product_0 & _LOW
+        k0, k1 = (k0 + _W0) & _LOW, (k1 + _W1) & _LOW
+    return np.stack((c0, c1, c2, c3), axis=1)
+
+
+def words(seed: U64, c0: U64, position: U64, output_index: U64, c3: int = 0) -> U64:
+    """The four words [n, 4] at counters (c0, position, output_index, c3) under each 64-bit seed."""
+    return philox4x32(c0, position, output_index, np.full(len(c0), c3, np.uint64), seed & _LOW, seed >> _32)
+
+
+def gumbel(word: U64) -> F32:
+    """Standard Gumbel noise of random words, same shape. Computed in float64 and rounded, so that no math library's last
+    digit shows in it."""
+    u = ((word >> np.uint64(9)).astype(np.float64) + 0.5) * 2.0**-23
+    return (-np.log(-np.log(u))).astype(np.float32)
