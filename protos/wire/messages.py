@@ -185,7 +185,8 @@ class EndReason(enum.StrEnum):
     STOP = "stop"
     LENGTH = "length"
     CANCELLED = "cancelled"
-    ERROR = "error"
+    ERROR = "error"  # our own fault
+    UNAVAILABLE = "unavailable"  # the server stops
 
 
 class CancelOutcome(enum.StrEnum):

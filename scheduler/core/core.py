@@ -207,11 +207,21 @@ class Core:
             self._end(request, EndReason.ERROR, now, message=f"the worker failed {request.crashes} times while it ran")
         return self._take_outputs()
 
+    def drop_all(self, message: str, now: int) -> list[Output]:
+        """The server stops before they have finished."""
+        for request in list(self._requests.values()):
+            self._end(request, EndReason.UNAVAILABLE, now, message=message)
+        return self._take_outputs()
+
     def drain(self) -> None:
         """No new requests from now on; those accepted go on."""
         self.draining = True
 
     # --------------------------------------------------------------------------------------------------- steps
+
+    @property
+    def num_requests(self) -> int:
+        return len(self._requests)
 
     @property
     def is_idle(self) -> bool:

@@ -1,0 +1,87 @@
+"""The core process's end of the ZeroMQ links: who is there, who has gone, frames to messages. No decisions."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+
+import zmq
+from zmq.utils.monitor import recv_monitor_message
+
+from wire import Message, Probe, WireError, decode, encode
+
+log = logging.getLogger(__name__)
+
+_HEARTBEAT_MS = 2_000  # a peer whose machine or network is gone is dropped after at most twice this
+_PROBE = encode(Probe())
+
+
+@dataclass(frozen=True, slots=True)
+class Peer:
+    """One connection; `number` counts up and is never used again."""
+
+    number: int
+    identity: bytes
+
+
+class PeerSocket:
+    """A bound ROUTER socket that knows its peers, and notices at once when one's connection closes."""
+
+    def __init__(self, context: zmq.Context[zmq.Socket[bytes]], endpoint: str) -> None:
+        self.socket = context.socket(zmq.ROUTER)
+        self.socket.setsockopt(zmq.ROUTER_MANDATORY, 1)  # sending to a peer that is gone raises
+        self.socket.setsockopt(zmq.LINGER, 0)
+        self.socket.setsockopt(zmq.SNDHWM, 0)  # bounded by the core: two plans a worker, max_tokens a request
+        self.socket.setsockopt(zmq.HEARTBEAT_IVL, _HEARTBEAT_MS)
+        self.monitor = self.socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
+        self.socket.bind(endpoint)
+        self.peers: dict[bytes, Peer] = {}
+        self._next_number = 0
+
+    def receive(self) -> list[tuple[Peer, Message]]:
+        """All messages that have arrived; malformed ones are logged and dropped."""
+        messages: list[tuple[Peer, Message]] = []
+        while True:
+            try:
+                identity, *frames = self.socket.recv_multipart(zmq.NOBLOCK)
+            except zmq.Again:
+                return messages
+            if identity not in self.peers:
+                self.peers[identity] = Peer(self._next_number, identity)
+                self._next_number += 1
+            try:
+                messages.append((self.peers[identity], decode(frames)))
+            except WireError as error:
+                log.warning("dropped a message from peer %d: %s", self.peers[identity].number, error)
+
+    def send(self, peer: Peer, message: Message) -> None:
+        """Sends, or does nothing when the peer is gone: `lost` tells of that."""
+        try:
+            self.socket.send_multipart([peer.identity, *encode(message)], zmq.NOBLOCK, copy=False)
+        except zmq.ZMQError as error:
+            if error.errno not in (zmq.EHOSTUNREACH, zmq.EAGAIN):
+                raise
+
+    def lost(self) -> list[Peer]:
+        """After the monitor became readable: the peers that are gone."""
+        while self.monitor.poll(0):
+            recv_monitor_message(self.monitor)
+        gone = [peer for peer in self.peers.values() if not self._reachable(peer)]
+        for peer in gone:
+            del self.peers[peer.identity]
+        return gone
+
+    def _reachable(self, peer: Peer) -> bool:
+        try:
+            self.socket.send_multipart([peer.identity, *_PROBE], zmq.NOBLOCK)
+        except zmq.Again:
+            return True  # its queue is full: slow, not gone
+        except zmq.ZMQError as error:
+            if error.errno != zmq.EHOSTUNREACH:
+                raise
+            return False
+        return True
+
+    def close(self) -> None:
+        self.socket.disable_monitor()
+        self.socket.close()

@@ -1,0 +1,254 @@
+"""Starts the core process, the front ends and the worker, watches them, restarts what may be restarted, stops them all.
+
+Knows processes, the public port and signals; nothing of requests. Children are started by exec, never forked after grpc was
+imported, stay in this process's session, and die with it.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import selectors
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import msgspec
+
+from scheduler.config import EngineConfig, ServeConfig
+from scheduler.errors import ModelNotFoundError
+from scheduler.frontend.config import FrontendConfig
+from scheduler.model_files import resolve
+from scheduler.process import SUPERVISOR_PID, log_to_stderr
+
+log = logging.getLogger(__name__)
+
+_KILL_AFTER_S = 5.0  # a child that was asked to stop is killed after this
+_BACK_OFF_S = (0.2, 0.5, 1, 2, 5, 10, 30)  # before the n-th restart in a row
+_STEADY_S = 60  # a child that ran this long starts again at the first back-off
+_LOOPBACK = ("127.", "localhost", "::1")
+
+
+class StartError(Exception):
+    """The service can't start; the text is one line that says what to do."""
+
+
+@dataclass(slots=True)
+class Child:
+    """One process of the service. Only those with `restarts` come back after they die."""
+
+    role: str
+    command: list[str]
+    may_restart: bool
+    pass_fds: tuple[int, ...] = ()
+    process: subprocess.Popen[bytes] | None = None
+    started_s: float = 0.0
+    restarts: int = 0
+    restart_at_s: float | None = field(default=None)
+
+    def start(self) -> None:
+        self.started_s, self.restart_at_s = time.monotonic(), None
+        self.process = subprocess.Popen(
+            self.command,
+            pass_fds=self.pass_fds,
+            stdin=subprocess.DEVNULL,
+            env=os.environ | {SUPERVISOR_PID: str(os.getpid())},
+        )
+
+    @property
+    def alive(self) -> bool:
+        return self.process is not None and self.process.poll() is None
+
+    def signal(self, number: int) -> None:
+        if self.process is not None and self.alive:
+            self.process.send_signal(number)
+
+
+class ReservedPort:
+    """The public port, held for the front ends. gRPC shares a port silently (SO_REUSEPORT), so it is first bound without
+    sharing, which fails if somebody listens there, and then held by a socket that shares and does not listen."""
+
+    def __init__(self, host: str, port: int) -> None:
+        try:
+            family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+            with socket.socket(family, kind, protocol) as alone:
+                alone.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                alone.bind(address)
+                self.port: int = alone.getsockname()[1]
+            self._shared = socket.socket(family, kind, protocol)
+            self._shared.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+            self._shared.bind((address[0], self.port, *address[2:]))
+        except OSError as error:
+            why = "is in use: stop what listens there or choose another --port" if error.errno == 98 else f": {error}"
+            raise StartError(f"port {port} of {host} {why}") from None
+
+    def close(self) -> None:
+        self._shared.close()
+
+
+class Supervisor:
+    """The process `python -m scheduler`."""
+
+    def __init__(self, config: ServeConfig) -> None:
+        self.config = config
+        try:
+            self._model_dir = resolve(config.model, config.revision)
+        except ModelNotFoundError as error:
+            raise StartError(str(error)) from None
+        self._port = ReservedPort(config.host, config.port)
+        self._folder = Path(tempfile.mkdtemp(prefix="carousel-"))  # mode 0700: the sockets are ours alone
+        self._status, self._status_writer = os.pipe()
+        os.set_blocking(self._status, False)
+        self.ready = False
+        self._stopping = False
+        self._exit_code = 0
+        self._signals: list[int] = []
+        self._engine = self._engine_child()
+        self._frontends = [self._frontend_child() for _ in range(config.frontends)]
+        self._worker = self._worker_child()
+        self._children = [self._engine, *self._frontends, self._worker]
+
+    # ------------------------------------------------------------------------------------------------- commands
+
+    def _endpoint(self, name: str) -> str:
+        return f"ipc://{self._folder}/{name}"
+
+    def _engine_child(self) -> Child:
+        config = EngineConfig(
+            core=self.config.core,
+            frontend_endpoint=self._endpoint("core"),
+            worker_endpoint=self._endpoint("workers"),
+            status_fd=self._status_writer,
+            drain_timeout_s=self.config.drain_timeout_s,
+            log_level=self.config.log_level,
+        )
+        command = [sys.executable, "-m", "scheduler", "engine", msgspec.json.encode(config).decode()]
+        return Child("core", command, may_restart=False, pass_fds=(self._status_writer,))
+
+    def _frontend_child(self) -> Child:
+        config = FrontendConfig(
+            core_endpoint=self._endpoint("core"),
+            host=self.config.host,
+            port=self._port.port,
+            model_dir=str(self._model_dir),
+            served_model_name=self.config.served_model_name,
+            log_level=self.config.log_level,
+        )
+        command = [sys.executable, "-m", "scheduler", "frontend", msgspec.json.encode(config).decode()]
+        return Child("frontend", command, may_restart=True)
+
+    def _worker_child(self) -> Child:
+        revision = ("--revision", self.config.revision) if self.config.revision else ()
+        model = ("--model", self.config.model, *revision)
+        connect = ("--connect", self._endpoint("workers"), "--group", str(self.config.core.group))
+        command = [sys.executable, "-m", "worker", *connect, *model, *self.config.worker_options]
+        return Child("worker", command, may_restart=True)
+
+    # ----------------------------------------------------------------------------------------------------- life
+
+    def run(self) -> int:
+        """Until it is told to stop, or a part that can't be restarted is gone. Returns the exit code."""
+        wakeup, writer = socket.socketpair()
+        for end in (wakeup, writer):
+            end.setblocking(False)
+        signal.set_wakeup_fd(writer.fileno())
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda received, _: self._signals.append(received))
+        signal.signal(signal.SIGCHLD, lambda *_: None)
+        selector = selectors.DefaultSelector()
+        selector.register(wakeup, selectors.EVENT_READ)
+        selector.register(self._status, selectors.EVENT_READ)
+        try:
+            for child in self._children:
+                child.start()
+            while not self._stopping:
+                for key, _ in selector.select(self._timeout()):
+                    if key.fileobj == self._status:
+                        self._hear_status()
+                    else:
+                        wakeup.recv(64)
+                self._watch()
+                self._stopping = self._stopping or bool(self._signals)
+            self._stop(selector, wakeup)
+        finally:
+            for child in self._children:
+                child.signal(signal.SIGKILL)
+            for child in self._children:
+                if child.process is not None:
+                    child.process.wait()
+            self._port.close()
+            shutil.rmtree(self._folder, ignore_errors=True)
+        return self._exit_code
+
+    def _hear_status(self) -> None:
+        if b"ready" in os.read(self._status, 64):
+            self.ready = True
+            host = "127.0.0.1" if self.config.host in ("0.0.0.0", "::") else self.config.host
+            log.info("%s is served on %s:%d", self.config.served_model_name, host, self._port.port)
+
+    def _watch(self) -> None:
+        now = time.monotonic()
+        for child in self._children:
+            if child.restart_at_s is not None:
+                if now >= child.restart_at_s:
+                    child.start()
+            elif not child.alive:
+                self._died(child, now)
+
+    def _died(self, child: Child, now: float) -> None:
+        assert child.process is not None
+        code = child.process.returncode
+        how = f"was killed by signal {-code}" if code < 0 else f"exited with code {code}"
+        if not child.may_restart or not self.ready:
+            log.error("the %s %s: the server stops", child.role, how)
+            self._stopping, self._exit_code = True, 1
+            return
+        if now - child.started_s > _STEADY_S:
+            child.restarts = 0
+        pause = _BACK_OFF_S[min(child.restarts, len(_BACK_OFF_S) - 1)]
+        child.restarts += 1
+        child.restart_at_s = now + pause
+        log.error("the %s %s: it starts again in %g s", child.role, how, pause)
+
+    def _timeout(self) -> float | None:
+        due = [child.restart_at_s for child in self._children if child.restart_at_s is not None]
+        return max(0.0, min(due) - time.monotonic()) if due else None
+
+    def _stop(self, selector: selectors.BaseSelector, wakeup: socket.socket) -> None:
+        """Drain: the core finishes what was accepted, then the front ends and the worker go. A second signal ends at once."""
+        self._engine.signal(signal.SIGTERM)
+        if self._engine.alive:
+            log.info("draining for at most %g s; once more to stop at once", self.config.drain_timeout_s)
+        others = [child for child in self._children if child is not self._engine]
+        for group, grace in (
+            ([self._engine], self.config.drain_timeout_s + _KILL_AFTER_S),
+            (others, _KILL_AFTER_S),
+        ):
+            for child in group if group is others else []:
+                child.signal(signal.SIGTERM)
+            until = time.monotonic() + grace
+            while any(child.alive for child in group) and time.monotonic() < until and len(self._signals) < 2:
+                if selector.select(until - time.monotonic()):
+                    try:
+                        wakeup.recv(64)
+                    except BlockingIOError:
+                        os.read(self._status, 64)
+
+
+def serve(config: ServeConfig) -> int:
+    """Runs the whole service in the foreground; returns the exit code."""
+    log_to_stderr("carousel", config.log_level)
+    if not config.host.startswith(_LOOPBACK):
+        log.warning("listening on %s without TLS and without authentication: anybody who reaches it can use it", config.host)
+    try:
+        supervisor = Supervisor(config)
+    except StartError as error:
+        print(f"carousel: {error}", file=sys.stderr)
+        return 1
+    return supervisor.run()

@@ -1,0 +1,288 @@
+"""The mirror: what a worker knows of the sequences that it computes, as columns indexed by slot. No torch, no model.
+
+The scheduler sends only differences (wire.messages.StepPlan); the mirror adds them up, and refuses with PlanError a plan that
+does not fit what it knows. Tokens that the worker sampled are fed back here by the worker itself, so that a plan may ask for
+the token after one that the scheduler has not seen yet.
+
+Legend: S slots, L largest number of tokens, W blocks of a table, R rows computed, P padding rows, N rows that draw a token.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from wire.messages import I32, U16, SequenceStart, StepPlan
+
+Index = NDArray[np.intp]
+I64 = NDArray[np.int64]
+
+
+class PlanError(Exception):
+    """A plan that does not fit the mirror; the text says what and where. The mirror is void after it, until reset()."""
+
+
+@dataclass(slots=True)
+class StepRows:
+    """What one step computes: the R rows of the plan, then its P padding rows. Positions count from 0 in the sequence."""
+
+    slots: Index  # [R+P]
+    first: I64  # [R+P] position of the first token to compute
+    count: I64  # [R+P] tokens to compute; 1 for a padding row
+    drawing: Index  # [N+P] which of the rows end in a draw: those that then know all, and, for its cost, the padding
+    num_padding: int  # P
+    num_sampled: int  # N, the first of `drawing`
+
+    @property
+    def sampled_slots(self) -> Index:
+        return self.slots[self.drawing[: self.num_sampled]]
+
+
+@dataclass(slots=True)
+class SamplingRows:
+    """How the tokens of the drawing rows are drawn; columns of length N+P."""
+
+    temperature: NDArray[np.float32]  # 0 = greedy
+    top_k: I32  # 0 = all
+    top_p: NDArray[np.float32]
+    min_p: NDArray[np.float32]
+    seed: NDArray[np.uint64]
+    position: I64  # of the token to be drawn
+    output_index: I32
+    masked: tuple[Index, Index]  # (row, token id) pairs that must not be drawn: stop tokens before min_tokens
+
+
+class Sequences:
+    """All sequences of one worker. `apply` takes the plans of an epoch in order; `feed` the tokens sampled in each step."""
+
+    def __init__(self, max_batch_rows: int, max_model_len: int, block_size: int, num_blocks: int, vocab_size: int) -> None:
+        self.max_model_len, self.block_size, self.num_blocks_in_pool = max_model_len, block_size, num_blocks
+        self.vocab_size = vocab_size
+        rows = max_batch_rows
+        # Memory of the two wide arrays is taken page by page, when it is first written.
+        self.tokens: I32 = np.empty((rows, max_model_len), np.int32)  # [S, L]
+        self.block_tables: I32 = np.zeros((rows, -(-max_model_len // block_size)), np.int32)  # [S, W], 0 past num_blocks
+        self.num_blocks = np.zeros(rows, np.int64)
+        self.num_tokens = np.zeros(rows, np.int64)  # known
+        self.num_computed = np.zeros(rows, np.int64)  # of these, keys and values in the cache
+        self.num_prompt = np.zeros(rows, np.int64)
+        self.output_index = np.zeros(rows, np.int32)
+        self.temperature = np.zeros(rows, np.float32)
+        self.top_k = np.zeros(rows, np.int32)
+        self.top_p = np.ones(rows, np.float32)
+        self.min_p = np.zeros(rows, np.float32)
+        self.seed = np.zeros(rows, np.uint64)
+        self.min_tokens = np.zeros(rows, np.int64)
+        self.stop_token_ids: I32 = np.full((rows, 4), -1, np.int32)  # [S, most stop tokens], -1 past the last; widens
+        self.live = np.zeros(rows, np.bool_)
+        self.block_refs = np.zeros(num_blocks + 1, np.int32)  # tables that hold each block
+        self.next_step = 0
+        self._mark = np.zeros(rows, np.intp)  # scratch of _distinct
+
+    def reset(self) -> None:
+        """A new epoch: no sequence is known, and the next plan is step 0."""
+        self.block_tables[self.live] = 0
+        self.live[:] = False
+        self.num_blocks[:] = 0
+        self.block_refs[:] = 0
+        self.next_step = 0
+
+    def apply(self, plan: StepPlan) -> StepRows:
+        """Takes the plan's changes up and counts its step as done. Raises PlanError if it does not fit."""
+        if plan.header.step_id != self.next_step:
+            raise PlanError(f"step {plan.header.step_id} came where step {self.next_step} was expected")
+        self.next_step += 1
+        self._end(plan.ended)
+        self._start(plan)
+        self._grow(plan.grow_slots, plan.grow_blocks)
+        return self._advance(plan.slots, plan.num_tokens, plan.padding)
+
+    def feed(self, rows: StepRows, sampled: I32) -> None:
+        """Writes the N tokens that this step sampled behind the tokens of their sequences."""
+        drawing = rows.drawing[: rows.num_sampled]
+        self.tokens[rows.slots[drawing], rows.first[drawing] + rows.count[drawing]] = sampled
+
+    def sampling(self, rows: StepRows) -> SamplingRows:
+        slots = rows.slots[rows.drawing]
+        position = rows.first[rows.drawing] + rows.count[rows.drawing]
+        return SamplingRows(
+            temperature=self.temperature[slots],
+            top_k=self.top_k[slots],
+            top_p=self.top_p[slots],
+            min_p=self.min_p[slots],
+            seed=self.seed[slots],
+            position=position,
+            output_index=self.output_index[slots],
+            masked=self._masked(slots, position),
+        )
+
+    def _masked(self, slots: Index, position: I64) -> tuple[Index, Index]:
+        early = np.flatnonzero(position - self.num_prompt[slots] < self.min_tokens[slots])
+        stops = self.stop_token_ids[slots[early]]
+        row, column = np.nonzero(stops >= 0)
+        return early[row], stops[row, column].astype(np.intp)
+
+    # ------------------------------------------------------------------------------------------------- the plan's changes
+
+    def _end(self, ended: U16) -> None:
+        if not len(ended):
+            return
+        slots = self._known(ended, "ended")
+        width = int(self.num_blocks[slots].max(initial=0))
+        np.subtract.at(self.block_refs, self.block_tables[slots, :width].ravel(), 1)
+        self.block_refs[0] = 0  # the zeros past a table's end were counted too
+        self.block_tables[slots, :width] = 0
+        self.num_blocks[slots] = 0
+        self.live[slots] = False
+
+    def _start(self, plan: StepPlan) -> None:
+        tokens, blocks = plan.start_tokens, plan.start_blocks
+        if sum(s.num_tokens for s in plan.header.starts) != len(tokens):
+            raise PlanError("the starts' num_tokens do not add up to start_tokens")
+        if sum(s.num_blocks for s in plan.header.starts) != len(blocks):
+            raise PlanError("the starts' num_blocks do not add up to start_blocks")
+        if len(tokens) and not 0 <= tokens.min() <= tokens.max() < self.vocab_size:
+            raise PlanError(f"a token id is not in 0..{self.vocab_size - 1}")
+        self._check_blocks(blocks)
+        token_at = block_at = 0
+        for start in plan.header.starts:
+            self._check_start(start)
+            self._take_up(start, tokens[token_at : token_at + start.num_tokens], blocks[block_at : block_at + start.num_blocks])
+            token_at += start.num_tokens
+            block_at += start.num_blocks
+
+    def _check_start(self, start: SequenceStart) -> None:
+        who = f"sequence {start.sequence_id} in slot {start.slot}"
+        if not 0 <= start.slot < len(self.live):
+            raise PlanError(f"{who}: slots are 0..{len(self.live) - 1}")
+        if self.live[start.slot]:
+            raise PlanError(f"{who}: the slot is taken")
+        if not 1 <= start.num_tokens <= self.max_model_len:
+            raise PlanError(f"{who}: {start.num_tokens} tokens, allowed are 1..{self.max_model_len}")
+        if not 0 <= start.num_computed_tokens <= start.num_tokens:
+            raise PlanError(f"{who}: {start.num_computed_tokens} of {start.num_tokens} tokens computed")
+        if not 0 <= start.num_prompt_tokens <= start.num_tokens:
+            raise PlanError(f"{who}: {start.num_prompt_tokens} of {start.num_tokens} tokens are its prompt")
+        if not 0 <= start.num_blocks <= self.block_tables.shape[1]:
+            raise PlanError(f"{who}: {start.num_blocks} blocks, allowed are 0..{self.block_tables.shape[1]}")
+        if start.num_computed_tokens > start.num_blocks * self.block_size:
+            raise PlanError(f"{who}: {start.num_blocks} blocks do not hold {start.num_computed_tokens} computed tokens")
+
+    def _take_up(self, start: SequenceStart, tokens: I32, blocks: I32) -> None:
+        slot, sampling = start.slot, start.sampling
+        self.tokens[slot, : len(tokens)] = tokens
+        self.block_tables[slot, : len(blocks)] = blocks
+        np.add.at(self.block_refs, blocks, 1)
+        self.num_blocks[slot] = len(blocks)
+        self.num_tokens[slot] = start.num_tokens
+        self.num_computed[slot] = start.num_computed_tokens
+        self.num_prompt[slot] = start.num_prompt_tokens
+        self.output_index[slot] = start.output_index
+        self.temperature[slot] = sampling.temperature
+        self.top_k[slot] = min(max(sampling.top_k, 0), self.vocab_size)
+        self.top_p[slot] = sampling.top_p
+        self.min_p[slot] = sampling.min_p
+        self.seed[slot] = sampling.seed & 0xFFFF_FFFF_FFFF_FFFF
+        self.min_tokens[slot] = sampling.min_tokens
+        # A stop token beyond the vocabulary can't be drawn: nothing to mask.
+        stops = [token for token in sampling.stop_token_ids if 0 <= token < self.vocab_size]
+        self._widen_stops(len(stops))
+        self.stop_token_ids[slot] = -1
+        self.stop_token_ids[slot, : len(stops)] = stops
+        self.live[slot] = True
+
+    def _widen_stops(self, count: int) -> None:
+        rows, width = self.stop_token_ids.shape
+        if count > width:
+            wider = np.full((rows, 2 * count), -1, np.int32)
+            wider[:, :width] = self.stop_token_ids
+            self.stop_token_ids = wider
+
+    def _grow(self, grow_slots: U16, blocks: I32) -> None:
+        if len(grow_slots) != len(blocks):
+            raise PlanError(f"{len(grow_slots)} slots grow by {len(blocks)} blocks")
+        if not len(blocks):
+            return
+        slots = self._known(grow_slots, "grow_slots", distinct=False)
+        self._check_blocks(blocks)
+        column = self.num_blocks[slots] + _rank(slots)
+        if column.max() >= self.block_tables.shape[1]:
+            slot = slots[column.argmax()]
+            raise PlanError(f"slot {slot} grows beyond the {self.block_tables.shape[1]} blocks of max_model_len")
+        self.block_tables[slots, column] = blocks
+        np.add.at(self.num_blocks, slots, 1)
+        np.add.at(self.block_refs, blocks, 1)
+
+    def _advance(self, plan_slots: U16, num_tokens: I32, padding: U16) -> StepRows:
+        if len(plan_slots) != len(num_tokens):
+            raise PlanError(f"{len(plan_slots)} slots, {len(num_tokens)} counts of tokens")
+        slots = self._known(np.concatenate((plan_slots, padding)), "slots and padding")
+        rows, pads = slots[: len(plan_slots)], slots[len(plan_slots) :]
+        first, count = self.num_computed[rows], num_tokens.astype(np.int64)
+        after, known = first + count, self.num_tokens[rows]
+        self._check_rows(rows, count, after, known)
+        samples = after == known
+        self.num_computed[rows] = after
+        self.num_tokens[rows] += samples
+        sampled = np.flatnonzero(samples)
+        return StepRows(
+            slots=slots,
+            first=np.concatenate((first, self.num_tokens[pads] - 1)),
+            count=np.concatenate((count, np.ones(len(pads), np.int64))),
+            drawing=np.concatenate((sampled, np.arange(len(rows), len(slots)))),
+            num_padding=len(pads),
+            num_sampled=len(sampled),
+        )
+
+    def _check_rows(self, slots: Index, count: I64, after: I64, known: I64) -> None:
+        def refuse(wrong: NDArray[np.bool_], what: str) -> None:
+            if wrong.any():
+                i = int(wrong.argmax())
+                raise PlanError(f"slot {slots[i]} {what} (computes {count[i]} up to {after[i]}, knows {known[i]})")
+
+        refuse(count < 1, "computes no token")
+        refuse(after > known, "computes more tokens than it knows")
+        refuse(after > self.num_blocks[slots] * self.block_size, "lacks a block")
+        refuse((after == known) & (known >= self.max_model_len), f"would exceed max_model_len {self.max_model_len}")
+        # A block that is written belongs to one table only.
+        first_block = (after - count) // self.block_size
+        blocks_written = (after - 1) // self.block_size - first_block + 1
+        row = np.repeat(np.arange(len(slots)), blocks_written)
+        column = np.arange(len(row)) + np.repeat(first_block - np.cumsum(blocks_written) + blocks_written, blocks_written)
+        shared = self.block_refs[self.block_tables[slots[row], column]] != 1
+        if shared.any():
+            i = int(shared.argmax())
+            block = self.block_tables[slots[row[i]], column[i]]
+            raise PlanError(f"slot {slots[row[i]]} writes block {block}, which {self.block_refs[block]} tables hold")
+
+    # ------------------------------------------------------------------------------------------------------------- checks
+
+    def _known(self, wire_slots: U16, name: str, distinct: bool = True) -> Index:
+        """These slots as an index; all of them must be live."""
+        slots = wire_slots.astype(np.intp)
+        if len(slots) and slots.max() >= len(self.live):
+            raise PlanError(f"{name}: slot {slots.max()} of {len(self.live)}")
+        if not self.live[slots].all():
+            raise PlanError(f"{name}: slot {slots[~self.live[slots]][0]} holds no sequence")
+        if distinct:
+            places = np.arange(len(slots))
+            self._mark[slots] = places
+            if (self._mark[slots] != places).any():
+                raise PlanError(f"{name}: slot {slots[self._mark[slots] != places][0]} stands twice")
+        return slots
+
+    def _check_blocks(self, blocks: I32) -> None:
+        if len(blocks) and not 1 <= blocks.min() <= blocks.max() <= self.num_blocks_in_pool:
+            wrong = blocks[(blocks < 1) | (blocks > self.num_blocks_in_pool)][0]
+            raise PlanError(f"block {wrong} is not in 1..{self.num_blocks_in_pool}")
+
+
+def _rank(slots: Index) -> Index:
+    """For each entry, how many equal ones stand before it."""
+    order = np.argsort(slots, kind="stable")
+    in_order = slots[order]
+    rank = np.empty(len(slots), np.intp)
+    rank[order] = np.arange(len(slots)) - np.searchsorted(in_order, in_order)
+    return rank
