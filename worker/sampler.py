@@ -19,6 +19,8 @@ from wire.messages import I32
 from worker import philox
 from worker.sequences import SamplingRows
 
+F32 = NDArray[np.float32]
+
 GREEDY_BELOW = 1e-5  # temperatures: dividing by less would only overflow float32
 _NEAR = 2.0  # tokens whose score is this close to the best compete first
 _NUCLEUS_TRY = 512  # best tokens among which the nucleus is looked for before the whole row is sorted
@@ -64,7 +66,7 @@ def _scaled(logits_NV: Tensor, rows: SamplingRows, chosen: NDArray[np.intp]) -> 
 # --------------------------------------------------------------------------------------------------------------- filters
 
 
-def keep(scores_MV: Tensor, top_k: I32, top_p: NDArray[np.float32], min_p: NDArray[np.float32]) -> None:
+def keep(scores_MV: Tensor, top_k: I32, top_p: F32, min_p: F32) -> None:
     """Puts −inf in the place of every token that a filter drops, on the rows that ask for one."""
     vocab = scores_MV.shape[1]
     with_k = np.flatnonzero((top_k > 0) & (top_k < vocab))
@@ -107,7 +109,7 @@ def _kth_best(scores_MV: Tensor, rows: NDArray[np.intp], top_k: I32) -> Tensor:
     return best.gather(1, torch.from_numpy(top_k.astype(np.int64) - 1)[:, None].to(best.device))[:, 0]
 
 
-def _nucleus_edge(scores_MV: Tensor, rows: NDArray[np.intp], top_p: NDArray[np.float32], width: int) -> Tensor:
+def _nucleus_edge(scores_MV: Tensor, rows: NDArray[np.intp], top_p: F32, width: int) -> Tensor:
     """Score of the last token of each row's nucleus: the best tokens before which less than top_p of the mass lies."""
     scores = scores_MV[rows]
     mass = torch.exp(scores - scores.amax(dim=-1, keepdim=True)).double()
@@ -131,7 +133,7 @@ def _edge_of(best: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
 # ----------------------------------------------------------------------------------------------------------------- draws
 
 
-def whole_noise(vocab: int, seed: np.uint64, position: np.int64, output_index: np.int32) -> NDArray[np.float32]:
+def whole_noise(vocab: int, seed: np.uint64, position: np.int64, output_index: np.int32) -> F32:
     """The Gumbel noise of every token of one draw, [V]."""
     groups = np.arange(-(-vocab // philox.LANES), dtype=np.uint64)
     columns = (np.full(len(groups), column, np.uint64) for column in (position, output_index))
@@ -145,31 +147,48 @@ def draw(scores_MV: Tensor, seed: NDArray[np.uint64], position: NDArray[np.int64
     if vocab % philox.LANES:
         scores_MV = torch.nn.functional.pad(scores_MV, (0, -vocab % philox.LANES), value=_MINUS_INFINITY)
     keys = (seed, position.astype(np.uint64), output_index.astype(np.uint64))
-    near_M = scores_MV.amax(dim=-1) - _NEAR
-    sum_M, token_M = _contest(scores_MV, scores_MV >= near_M[:, None], keys)
-    reachable = scores_MV + float(philox.GUMBEL_MAX) >= torch.from_numpy(sum_M)[:, None].to(scores_MV.device)
-    far_sum_M, far_token_M = _contest(scores_MV, reachable & (scores_MV < near_M[:, None]), keys)
+    top_M = scores_MV.amax(dim=-1)
+    near_MV = scores_MV >= (top_M - _NEAR)[:, None]
+    top, edge, nothing = top_M.cpu().numpy(), (top_M - _NEAR).cpu().numpy(), np.full(len(top_M), -np.inf, np.float32)
+    sum_M, token_M = _contest(scores_MV, near_MV, keys, edge, top, nothing)
+    reach_MV = scores_MV + float(philox.GUMBEL_MAX) >= torch.from_numpy(sum_M)[:, None].to(scores_MV.device)
+    far_sum_M, far_token_M = _contest(scores_MV, reach_MV & ~near_MV, keys, nothing, edge, sum_M)
     wins = (far_sum_M > sum_M) | ((far_sum_M == sum_M) & (far_token_M < token_M))
     return np.where(wins, far_token_M, token_M).astype(np.int32)
 
 
 def _contest(
-    scores_MV: Tensor, candidates_MV: Tensor, keys: tuple[NDArray[np.uint64], ...]
-) -> tuple[NDArray[np.float32], NDArray[np.intp]]:
-    """Best sum of score and noise in each row among the candidates (and others of their groups of four), and the lowest token
-    that has it; −inf and V where a row has no candidate."""
+    scores_MV: Tensor, candidates_MV: Tensor, keys: tuple[NDArray[np.uint64], ...], lowest: F32, highest: F32, reached: F32
+) -> tuple[F32, NDArray[np.intp]]:
+    """Best sum of score and noise among each row's candidates, and the lowest token that has it; −inf and V where none comes
+    up to `reached`. The candidates' scores lie in [lowest, highest], so most words need no logarithm to see that they lose."""
     rows, vocab = scores_MV.shape
-    by_group = candidates_MV.view(rows, vocab // philox.LANES, philox.LANES).any(dim=-1).nonzero()
-    row_G, group_G = by_group.cpu().numpy().T
-    seed, position, output_index = (key[row_G] for key in keys)
-    words_G4 = philox.words(seed, group_G.astype(np.uint64), position, output_index)
-    scores_G4 = scores_MV.view(rows, -1, philox.LANES)[by_group[:, 0], by_group[:, 1]].cpu().numpy()
-    sums_G4 = scores_G4 + philox.gumbel(words_G4)
-    best = np.full(rows, -np.inf, np.float32)
-    token = np.full(rows, vocab, np.intp)
-    if len(row_G):
-        present, begin = np.unique(row_G, return_index=True)  # row_G ascends
-        best[present] = np.maximum.reduceat(sums_G4.max(axis=1), begin)
-        group, lane = np.nonzero(sums_G4 == best[row_G][:, None])
-        np.minimum.at(token, row_G[group], group_G[group] * philox.LANES + lane)
+    best, token = np.full(rows, -np.inf, np.float32), np.full(rows, vocab, np.intp)
+    candidates_MG4 = candidates_MV.view(rows, -1, philox.LANES)
+    groups = candidates_MG4.any(dim=-1).nonzero()
+    if not len(groups):
+        return best, token
+    row_G, group_G = groups.cpu().numpy().T  # row_G ascends
+    candidates_G4 = candidates_MG4[groups[:, 0], groups[:, 1]].cpu().numpy()
+    words_G4 = philox.words(keys[0][row_G], group_G.astype(np.uint64), keys[1][row_G], keys[2][row_G]) * candidates_G4
+    present, begin = np.unique(row_G, return_index=True)
+    best_word = np.maximum.reduceat(words_G4.ravel(), begin * philox.LANES)
+    reached = reached.copy()
+    reached[present] = np.maximum(reached[present], lowest[present] + philox.gumbel(best_word))
+    group, lane = np.nonzero(candidates_G4 & (words_G4 >= _least_word(reached, highest)[row_G][:, None]))
+    row, candidate = row_G[group], group_G[group] * philox.LANES + lane
+    scores = scores_MV[torch.from_numpy(row), torch.from_numpy(candidate)].cpu().numpy()
+    sums = scores + philox.gumbel(words_G4[group, lane])
+    np.maximum.at(best, row, sums)
+    winning = sums == best[row]
+    np.minimum.at(token, row[winning], candidate[winning])
     return best, token
+
+
+def _least_word(reached: F32, highest: F32) -> NDArray[np.uint64]:
+    """The least random word with which a score of at most `highest` may come up to `reached`; rounded down, with room for the
+    rounding of the sum to float32."""
+    high, goal = highest.astype(np.float64), reached.astype(np.float64)
+    noise = goal - high - 1e-5 - 2.0**-22 * (np.abs(high) + np.abs(goal))
+    uniform = np.exp(-np.exp(-np.clip(noise, -4.0, 20.0)))
+    return (uniform * 2.0**23).astype(np.uint64) << np.uint64(9)
