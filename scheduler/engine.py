@@ -89,9 +89,8 @@ class Engine:
             self._deliver(outputs)
             self._check_when_idle()
         self._deliver(self.core.drop_all("the server is shutting down", time.monotonic_ns()))
-        self._frontends.socket.setsockopt(zmq.LINGER, 1000)
-        self._frontends.close()
-        self._workers.close()
+        self._frontends.close(linger_ms=1000)
+        self._workers.close(linger_ms=0)
         self._context.term()
 
     # ------------------------------------------------------------------------------------------------ front ends

@@ -82,6 +82,8 @@ class PeerSocket:
             return False
         return True
 
-    def close(self) -> None:
+    def close(self, linger_ms: int) -> None:
+        """What was sent gets so long to leave; the context can be terminated afterwards."""
         self.socket.disable_monitor()
-        self.socket.close()
+        self.monitor.close(linger=0)
+        self.socket.close(linger=linger_ms)

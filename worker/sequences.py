@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from wire.messages import I32, U16, SequenceStart, StepPlan
+from wire.messages import I32, U16, SequenceStart, StepPlan, WorkerFacts
 
 Index = NDArray[np.intp]
 I64 = NDArray[np.int64]
@@ -57,13 +57,13 @@ class SamplingRows:
 class Sequences:
     """All sequences of one worker. `apply` takes the plans of an epoch in order; `feed` the tokens sampled in each step."""
 
-    def __init__(self, max_batch_rows: int, max_model_len: int, block_size: int, num_blocks: int, vocab_size: int) -> None:
-        self.max_model_len, self.block_size, self.num_blocks_in_pool = max_model_len, block_size, num_blocks
-        self.vocab_size = vocab_size
-        rows = max_batch_rows
+    def __init__(self, facts: WorkerFacts) -> None:
+        self.max_model_len, self.block_size = facts.max_model_len, facts.block_size
+        self.vocab_size, self.max_step_tokens = facts.vocab_size, facts.max_step_tokens
+        rows, num_blocks = facts.max_batch_rows, facts.num_blocks
         # Memory of the two wide arrays is taken page by page, when it is first written.
-        self.tokens: I32 = np.empty((rows, max_model_len), np.int32)  # [S, L]
-        self.block_tables: I32 = np.zeros((rows, -(-max_model_len // block_size)), np.int32)  # [S, W], 0 past num_blocks
+        self.tokens: I32 = np.empty((rows, self.max_model_len), np.int32)  # [S, L]
+        self.block_tables: I32 = np.zeros((rows, -(-self.max_model_len // self.block_size)), np.int32)  # [S, W], 0 past num_blocks
         self.num_blocks = np.zeros(rows, np.int64)
         self.num_tokens = np.zeros(rows, np.int64)  # known
         self.num_computed = np.zeros(rows, np.int64)  # of these, keys and values in the cache
@@ -218,6 +218,9 @@ class Sequences:
     def _advance(self, plan_slots: U16, num_tokens: I32, padding: U16) -> StepRows:
         if len(plan_slots) != len(num_tokens):
             raise PlanError(f"{len(plan_slots)} slots, {len(num_tokens)} counts of tokens")
+        if int(num_tokens.sum()) + len(padding) > self.max_step_tokens:
+            wanted = int(num_tokens.sum()) + len(padding)
+            raise PlanError(f"{wanted} tokens in a step, this worker was sized for {self.max_step_tokens}")
         slots = self._known(np.concatenate((plan_slots, padding)), "slots and padding")
         rows, pads = slots[: len(plan_slots)], slots[len(plan_slots) :]
         first, count = self.num_computed[rows], num_tokens.astype(np.int64)
@@ -274,9 +277,10 @@ class Sequences:
         return slots
 
     def _check_blocks(self, blocks: I32) -> None:
-        if len(blocks) and not 1 <= blocks.min() <= blocks.max() <= self.num_blocks_in_pool:
-            wrong = blocks[(blocks < 1) | (blocks > self.num_blocks_in_pool)][0]
-            raise PlanError(f"block {wrong} is not in 1..{self.num_blocks_in_pool}")
+        highest = len(self.block_refs) - 1
+        if len(blocks) and not 1 <= blocks.min() <= blocks.max() <= highest:
+            wrong = blocks[(blocks < 1) | (blocks > highest)][0]
+            raise PlanError(f"block {wrong} is not in 1..{highest}")
 
 
 def _rank(slots: Index) -> Index:

@@ -18,7 +18,7 @@ import numpy as np
 from wire.messages import I32, ResultHeader, StepPlan, StepResult, WorkerFacts
 from worker import philox
 from worker.executor import Deliver, failure
-from worker.sequences import I64, PlanError, Sequences, StepRows
+from worker.sequences import PlanError, Sequences, StepRows
 
 log = logging.getLogger(__name__)
 
@@ -61,9 +61,7 @@ class SimExecutor:
         self.facts = facts
         self._latency, self._sleep = latency, sleep
         self._end_below = np.uint64(round(end_chance * 2**32))
-        self._sequences = Sequences(
-            facts.max_batch_rows, facts.max_model_len, facts.block_size, facts.num_blocks, facts.vocab_size
-        )
+        self._sequences = Sequences(facts)
         self._prompt_hash = np.zeros(facts.max_batch_rows, np.uint64)
 
     def reset(self) -> None:
@@ -87,9 +85,6 @@ class SimExecutor:
         pass
 
     def _apply(self, plan: StepPlan) -> StepRows:
-        computed = int(plan.num_tokens.sum())
-        if computed > self.facts.max_step_tokens:
-            raise PlanError(f"{computed} tokens in a step, this worker was sized for {self.facts.max_step_tokens}")
         rows = self._sequences.apply(plan)
         for start in plan.header.starts:
             prompt = self._sequences.tokens[start.slot, : start.num_prompt_tokens].astype("<i4")
@@ -160,5 +155,3 @@ def sim_facts(
         max_step_tokens=max_step_tokens,
     )
 
-
-__all__ = ["I64", "Latency", "SimExecutor", "sim_facts"]

@@ -176,8 +176,7 @@ class Core:
 
     def worker_joined(self, facts: WorkerFacts, now: int) -> list[Output]:
         """A worker with an empty mirror is there: a new epoch begins, and steps count from 0 again."""
-        if self.connected:
-            self.worker_lost(now)
+        self._lose_worker(now)
         self.facts = facts
         self.connected = True
         self.epoch += 1
@@ -186,14 +185,21 @@ class Core:
         self.static_batch_size = min(self.config.static_batch_size or rows, rows)
         self._new_epoch(rows, facts.num_blocks, facts.block_size)
         for request in list(self._requests.values()):  # a smaller pool than the last worker's can be too small for some
-            if self._max_outputs(request.num_prompt_tokens, request.max_outputs) < request.max_outputs:
+            room = self._max_outputs(request.num_prompt_tokens, request.max_outputs)
+            if room > len(request.outputs) and not request.header.max_tokens:
+                request.max_outputs = room
+            elif room < request.max_outputs:
                 self._end(request, EndReason.ERROR, now, message="the new worker's KV cache is too small for this request")
         return self._take_outputs()
 
     def worker_lost(self, now: int) -> list[Output]:
         """The worker is gone, or its mirror is void. Everything running waits again, with the tokens emitted so far."""
+        self._lose_worker(now)
+        return self._take_outputs()
+
+    def _lose_worker(self, now: int) -> None:
         if not self.connected:
-            return []
+            return
         self.connected = False
         self.in_flight.clear()
         order = self.rows.in_order()
@@ -205,7 +211,6 @@ class Core:
         self._free_slots(self._next_step)
         for request in [request for request in self._requests.values() if request.crashes > self.config.max_crashes]:
             self._end(request, EndReason.ERROR, now, message=f"the worker failed {request.crashes} times while it ran")
-        return self._take_outputs()
 
     def drop_all(self, message: str, now: int) -> list[Output]:
         """The server stops before they have finished."""
@@ -306,9 +311,8 @@ class Core:
         self._starts.append(slot)
         if request.admitted_ns < 0:
             request.admitted_ns = self._now
-        if request.preempted_since_ns >= 0:
-            request.preempted_ns += self._now - request.preempted_since_ns
-            request.preempted_since_ns = -1
+        request.preempted_ns = request.preempted_until(self._now)
+        request.preempted_since_ns = -1
         return slot
 
     def is_empty(self) -> bool:
@@ -389,6 +393,7 @@ class Core:
             requests = [rows.requests[slot] for slot in self._starts]
             plan.start_tokens = np.concatenate([request.tokens() for request in requests if request is not None])
             plan.start_blocks = np.concatenate([self.kv.tables.row(slot) for slot in self._starts])
+            rows.last_step[self._starts] = self._next_step  # also of those that have to wait for the budget
         assert len(slots) + len(selection.padding) <= rows.max_rows
         assert int(selection.num_tokens.sum()) <= self.token_budget
 
@@ -434,6 +439,11 @@ class Core:
         self.rows.block_ns[order] += self.kv.tables.num_blocks[order].astype(np.int64) * max(0, now - self._last_plan_ns)
         self._last_plan_ns = now
 
+    def _block_ns(self, slot: int, now: int) -> int:
+        """What the row has held so far, in blocks × nanoseconds."""
+        since_plan = int(self.kv.tables.num_blocks[slot]) * max(0, now - self._last_plan_ns)
+        return int(self.rows.block_ns[slot]) + since_plan
+
     def _preempt(self, slot: int, now: int) -> Request:
         """Recompute later: the request keeps its tokens, its row and blocks go. Back to the head of its class."""
         request = self.rows.requests[slot]
@@ -442,6 +452,7 @@ class Core:
         request.preemptions += 1
         request.preempted_since_ns = now
         request.recomputed_tokens += int(self.rows.num_computed[slot])
+        self.rows.block_ns[slot] = self._block_ns(slot, now)
         self.counters.preemptions += 1
         if slot in self._starts:  # admitted in this very step: the worker never heard of it
             self._starts.remove(slot)
@@ -467,6 +478,7 @@ class Core:
             request = rows.requests[slot]
             assert request is not None
             request.first_token_ns = now
+            request.preempted_first_ns = request.preempted_until(now)
         stopped = rows.stopped(slots, tokens)
         for i in np.flatnonzero(stopped | (counts == rows.max_outputs[slots])).tolist():
             request = rows.requests[int(slots[i])]
@@ -496,6 +508,8 @@ class Core:
         slot, rows = request.slot, self.rows
         num_arrived = int(rows.num_outputs[slot]) if slot >= 0 else len(request.outputs)
         num_outputs = num_arrived if num_outputs is None else min(num_outputs, num_arrived)
+        if slot >= 0:
+            request.block_ns += self._block_ns(slot, now)
         if request.state is State.RUNNING:
             keep = self.policy.keeps_ended_rows and reason in (EndReason.STOP, EndReason.LENGTH)
             if keep:
@@ -506,11 +520,8 @@ class Core:
             self.queue.remove(request)
             if slot >= 0:  # preempted, its last plan still in flight
                 rows.state[slot] = RETIRING
-        if request.preempted_since_ns >= 0:
-            request.preempted_ns += now - request.preempted_since_ns
-        if slot >= 0:
-            request.block_ns += int(rows.block_ns[slot])
-        request.last_token_ns = now
+        request.preempted_ns = request.preempted_until(now)
+        request.ended_ns = now
         request.become(State.ENDED)
         del self._requests[request.request_id]
         del self._by_handle[request.frontend, request.header.handle]
@@ -577,6 +588,8 @@ class Core:
             return refused("INVALID_ARGUMENT", "the prompt is empty", "prompt")
         if int(add.prompt.min()) < 0 or int(add.prompt.max()) >= self.facts.vocab_size:
             return refused("INVALID_ARGUMENT", f"a token id is not below {self.facts.vocab_size}", "prompt.token_ids")
+        if not all(0 <= token < self.facts.vocab_size for token in header.sampling.stop_token_ids):
+            return refused("INVALID_ARGUMENT", f"a token id is not below {self.facts.vocab_size}", "stopping.stop_token_ids")
         if num_prompt >= self.facts.max_model_len:
             limit = self.facts.max_model_len
             return refused("INVALID_ARGUMENT", f"the prompt has {num_prompt} tokens, the model's length is {limit}", "prompt")

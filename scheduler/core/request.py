@@ -44,9 +44,10 @@ class Request:
     block_ns: int = 0
     admitted_ns: int = -1  # first admission
     first_token_ns: int = -1
-    last_token_ns: int = -1
+    ended_ns: int = -1
     preempted_since_ns: int = -1
     preempted_ns: int = 0
+    preempted_first_ns: int = 0  # the part of it before the first token
 
     @property
     def request_id(self) -> str:
@@ -64,17 +65,23 @@ class Request:
         """All tokens known: prompt, then outputs emitted so far."""
         return np.concatenate([self.prompt, self.outputs])
 
+    def preempted_until(self, now: int) -> int:
+        """Nanoseconds that it has waited after preemptions."""
+        return self.preempted_ns + (now - self.preempted_since_ns if self.preempted_since_ns >= 0 else 0)
+
     def stats(self, num_outputs: int) -> RequestStats:
+        """Of a request that has ended."""
         first = self.first_token_ns
         arrival = self.header.arrival_ns
+        admitted = self.admitted_ns if self.admitted_ns >= 0 else self.ended_ns
         return RequestStats(
             prompt_tokens=self.num_prompt_tokens,
             output_tokens=num_outputs,
             recomputed_tokens=self.recomputed_tokens,
             preemptions=self.preemptions,
-            queued_ns=max(0, self.admitted_ns - arrival) if self.admitted_ns >= 0 else 0,
-            prefill_ns=max(0, first - self.admitted_ns) if first >= 0 else 0,
-            decode_ns=max(0, self.last_token_ns - first - self.preempted_ns) if first >= 0 else 0,
+            queued_ns=max(0, admitted - arrival),
+            prefill_ns=max(0, first - admitted) if first >= 0 else 0,
+            decode_ns=max(0, self.ended_ns - first - (self.preempted_ns - self.preempted_first_ns)) if first >= 0 else 0,
             preempted_ns=self.preempted_ns,
             first_token_ns=max(0, first - arrival) if first >= 0 else 0,
             block_ns=self.block_ns,

@@ -36,7 +36,8 @@ class Rows:
         self.block_ns = np.zeros(max_rows, np.int64)
         self.outputs = np.empty((max_rows, 64), np.int32)  # [slot, :num_outputs]; columns grow
         self.requests: list[Request | None] = [None] * max_rows
-        self.many_stop_ids: dict[int, frozenset[int]] = {}  # slot -> end tokens, for those with more than fit the columns
+        self.many_stop_ids: dict[int, frozenset[int]] = {}  # slot -> all its end tokens
+        self.has_many_stop_ids = np.zeros(max_rows, np.bool_)  # more end tokens than fit the columns: see many_stop_ids
         self._free = list(range(max_rows))
         self._order: U16 = np.empty(0, np.uint16)  # slots RUNNING or PADDING, by admission
         self._joined: list[int] = []
@@ -59,7 +60,8 @@ class Rows:
         self.last_step[slot] = -1
         self.stop_ids[slot] = -1
         self.stop_ids[slot, : min(len(stops), _STOP_COLUMNS)] = stops[:_STOP_COLUMNS]
-        if len(stops) > _STOP_COLUMNS:
+        self.has_many_stop_ids[slot] = len(stops) > _STOP_COLUMNS
+        if self.has_many_stop_ids[slot]:
             self.many_stop_ids[slot] = frozenset(stops)
         self.handle[slot] = request.header.handle
         self.frontend[slot] = request.frontend
@@ -95,10 +97,8 @@ class Rows:
     def stopped(self, slots: U16, tokens: I32) -> np.ndarray[tuple[int], np.dtype[np.bool_]]:
         """Which rows drew one of their end tokens."""
         hit: np.ndarray[tuple[int], np.dtype[np.bool_]] = (self.stop_ids[slots] == tokens[:, None]).any(axis=1)
-        if self.many_stop_ids:
-            for i, slot in enumerate(slots.tolist()):
-                if slot in self.many_stop_ids:
-                    hit[i] = int(tokens[i]) in self.many_stop_ids[slot]
+        for i in np.flatnonzero(self.has_many_stop_ids[slots]).tolist():
+            hit[i] = int(tokens[i]) in self.many_stop_ids[int(slots[i])]
         return hit
 
     def free(self, slot: int) -> Request:

@@ -1,0 +1,352 @@
+"""The `carousel` command: starts a server, and calls one. Starts other parts as processes and imports none of them.
+
+Exit codes: 0 done, 1 failed, 2 wrong usage; 130 and 141 when Ctrl-C or a closed pipe ended it. Errors are one line on stderr.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import click
+import grpc
+from google.protobuf import json_format
+
+from carousel.v1 import generation_pb2
+from client.api import PRIORITIES, CarouselClient, GenerateStream
+from client.errors import CarouselError, ServerUnreachableError
+
+_INTERRUPTED, _CLOSED_PIPE = 130, 141  # 128 + SIGINT, 128 + SIGPIPE
+_CANCEL_S = 2.0  # how long Ctrl-C waits for the server's word
+_UINT32 = click.IntRange(0, 2**32 - 1)
+_SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
+# The API's own JSON mapping, with the names of the .proto files, zeros written out, on one line.
+_JSON: dict[str, Any] = {
+    "preserving_proto_field_name": True,
+    "always_print_fields_with_no_presence": True,
+    "indent": None,
+    "ensure_ascii": False,
+}
+# A model's text may hold escape sequences. A file may have them; a terminal would obey them.
+_HARMLESS = {code: "\N{REPLACEMENT CHARACTER}" for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
+
+
+@click.group(context_settings=_SETTINGS)
+@click.version_option(package_name="carousel-serve", prog_name="carousel")
+def carousel() -> None:
+    """Carousel serves large language models over gRPC, with continuous batching and a paged KV cache.
+
+    \b
+    Start a server in one terminal:      carousel serve --model DIR_OR_HUB_ID
+    Stream a continuation in another:    carousel generate --prompt "def fibonacci(n):"
+    """
+
+
+# ----------------------------------------------------------------------------------------------------------------- serve
+
+
+@carousel.command(context_settings=_SETTINGS)
+@click.option(
+    "--model",
+    required=True,
+    metavar="DIR_OR_HUB_ID",
+    help="A checkpoint in the Hugging Face format: a folder with config.json, tokenizer.json and *.safetensors, or the id of"
+    " one on the hub (downloaded once, into the hub's own cache).",
+)
+@click.option("--revision", metavar="REV", help="Branch, tag or commit of a hub id.")
+@click.option("--served-model-name", metavar="NAME", help="What the server calls the model. [default: last part of --model]")
+@click.option(
+    "--device",
+    type=click.Choice(["auto", "cpu", "cuda", "sim"]),
+    help="Where the model runs. auto: a GPU when there is one, else the CPU. sim: no model at all, invented tokens with"
+    " realistic timing, for trying out clients and policies. [default: auto]",
+)
+@click.option(
+    "--dtype",
+    type=click.Choice(["auto", "float32", "bfloat16", "float16"]),
+    help="Type of weights and activations. auto: float32 on a CPU, the checkpoint's own on a GPU. [default: auto]",
+)
+@click.option("--host", metavar="ADDRESS", help="Address to listen on; 0.0.0.0: every one. [default: 127.0.0.1]")
+@click.option("--port", type=click.IntRange(0, 65535), metavar="N", help="Port to listen on; 0: a free one. [default: 50051]")
+@click.option(
+    "--policy",
+    type=click.Choice(["continuous", "static"]),
+    help="continuous: requests join and leave the batch at every step. static: the baseline, a batch runs until its last"
+    " request has ended. [default: continuous]",
+)
+@click.option(
+    "--max-model-len", type=click.IntRange(2), metavar="N", help="Most tokens of prompt + output. [default: the model's]"
+)
+@click.option("--block-size", type=click.IntRange(16, 128), metavar="N", help="Tokens of one KV-cache block. [default: 16]")
+@click.option("--num-blocks", type=click.IntRange(1), metavar="N", help="Blocks of the KV cache. [default: what memory allows]")
+@click.option(
+    "--kv-memory-gib",
+    type=click.FloatRange(0, min_open=True),
+    metavar="GIB",
+    help="Memory of the KV cache, instead of --num-blocks.",
+)
+@click.option(
+    "--max-batch-rows", type=click.IntRange(1, 65535), metavar="N", help="Most requests in the batch at once. [default: 64]"
+)
+@click.option(
+    "--max-step-tokens",
+    type=click.IntRange(1),
+    metavar="N",
+    help="Most tokens computed in one step; longer prompts are computed in chunks. [default: 512]",
+)
+@click.option(
+    "--max-queue-requests", type=click.IntRange(1), metavar="N", help="Most requests waiting; more are refused. [default: 4096]"
+)
+@click.option("--max-queue-tokens", type=click.IntRange(1), metavar="N", help="Most prompt tokens waiting. [default: 4000000]")
+@click.option("--static-batch-size", type=click.IntRange(0), metavar="N", help="Rows of a static batch. [default: what fits]")
+@click.option("--threads", type=click.IntRange(1), metavar="N", help="Threads of the CPU worker. [default: one per core]")
+@click.option("--frontends", type=click.IntRange(1, 64), metavar="N", help="gRPC processes that share the port. [default: 1]")
+@click.option(
+    "--drain-timeout",
+    type=click.FloatRange(0),
+    metavar="SECONDS",
+    help="How long running requests may go on after Ctrl-C or SIGTERM; a second Ctrl-C ends at once. [default: 30]",
+)
+@click.option("--log-level", type=click.Choice(["debug", "info", "warning", "error"]), help="[default: info]")
+@click.argument("scheduler_options", nargs=-1, type=click.UNPROCESSED, metavar="[-- MORE_OPTIONS]")
+def serve(scheduler_options: tuple[str, ...], **options: str | float | None) -> NoReturn:
+    """Serve a model in the foreground, until Ctrl-C.
+
+    Starts the scheduler, its gRPC front end and one worker, and watches them. Whatever stands after `--` is handed on as it is
+    (`python -m scheduler --help` lists all that there is).
+
+    \b
+    Examples:
+      carousel serve --model ./my-checkpoint
+      carousel serve --model some-org/some-model --revision main --port 8001
+      carousel serve --model ./my-checkpoint --device cpu --threads 4 --kv-memory-gib 2
+    """
+    command = [sys.executable, "-m", "scheduler"]
+    for name, value in options.items():
+        if value is not None:
+            command += [f"--{name.replace('_', '-')}", str(value)]
+    # Safe path: a folder or file named scheduler, worker, … where the user happens to stand is not ours.
+    environment = os.environ | {"PYTHONSAFEPATH": "1"}
+    os.execve(sys.executable, [*command, *scheduler_options], environment)
+
+
+# -------------------------------------------------------------------------------------------------------------- generate
+
+
+def _token_ids(context: click.Context, parameter: click.Parameter, value: str | None) -> list[int] | None:
+    if value is None:
+        return None
+    try:
+        return [int(part) for part in value.replace(",", " ").split()]
+    except ValueError:
+        raise click.BadParameter("must be numbers with commas between, as in 1,2,3") from None
+
+
+@carousel.command(context_settings=_SETTINGS)
+@click.option("--prompt", metavar="TEXT", help="The text to continue.")
+@click.option(
+    "--file",
+    "file",
+    type=click.Path(exists=True, dir_okay=False, allow_dash=True),
+    metavar="F",
+    help="Take the prompt from this file, as it is (its last line end included).",
+)
+@click.option("--token-ids", callback=_token_ids, metavar="1,2,3", help="Token ids instead of text.")
+@click.argument("dash", required=False, metavar="[-]")
+@click.option("--target", default="127.0.0.1:50051", show_default=True, metavar="HOST:PORT", help="The server.")
+@click.option("--max-tokens", type=_UINT32, metavar="N", help="Most tokens to generate. [default: as many as the model allows]")
+@click.option(
+    "--temperature",
+    type=float,
+    metavar="T",
+    help="0: always the likeliest token; higher: more varied. [default for this and the next three: the model's own]",
+)
+@click.option("--top-k", type=_UINT32, metavar="K", help="Draw from the K likeliest tokens; 0: from all.")
+@click.option("--top-p", type=float, metavar="P", help="Draw from the likeliest tokens that make up this probability.")
+@click.option("--min-p", type=float, metavar="P", help="Leave out tokens less likely than this share of the likeliest.")
+@click.option("--seed", type=click.IntRange(0, 2**64 - 1), metavar="N", help="The same seed draws the same. [default: random]")
+@click.option("--stop", multiple=True, metavar="TEXT", help="End where this text appears. May be given several times.")
+@click.option("--ignore-eos", is_flag=True, default=None, help="Go on after the model's own end token, up to --max-tokens.")
+@click.option("--priority", type=click.Choice([*PRIORITIES]), help="Who goes first when requests wait. [default: normal]")
+@click.option("--timeout", type=click.FloatRange(0, min_open=True), metavar="SECONDS", help="Give up after this time.")
+@click.option("--echo", is_flag=True, default=None, help="Print the prompt too.")
+@click.option("--json", "as_json", is_flag=True, help="Print the stream's events instead, one JSON object a line.")
+@click.option("--stats", is_flag=True, help="Say counts and times on stderr at the end.")
+def generate(
+    prompt: str | None,
+    file: str | None,
+    token_ids: list[int] | None,
+    dash: str | None,
+    target: str,
+    timeout: float | None,
+    as_json: bool,
+    stats: bool,
+    **parameters: Any,
+) -> int:
+    """Continue a prompt; the text streams to stdout as it is generated. Ctrl-C cancels the request.
+
+    The prompt comes from --prompt, --file, --token-ids, or from standard input when `-` is given.
+
+    \b
+    Examples:
+      carousel generate --prompt "def fibonacci(n):" --max-tokens 64
+      git diff | carousel generate - --temperature 0 --stats
+      carousel generate --file prompt.txt --seed 7 --stop return > continued.txt
+    """
+    sources = [source for source in (prompt, file, token_ids, dash) if source is not None]
+    if len(sources) != 1 or dash not in (None, "-"):
+        raise click.UsageError("say what to continue by one of: --prompt TEXT, --file F, --token-ids 1,2,3, or - for stdin")
+    started_s = time.monotonic()
+    output = _Output(as_json)
+    with CarouselClient(target) as client:
+        stream = None
+        try:
+            words = token_ids if token_ids is not None else prompt if prompt is not None else _read(file or "-")
+            stream = _send(client, words, timeout, parameters)
+            for event in stream:
+                output.event(event)
+            output.end()
+        except BrokenPipeError:
+            return _closed_pipe(client, stream)
+        except KeyboardInterrupt:
+            return _interrupted(client, stream, output)
+        except CarouselError:
+            output.end()
+            raise
+    if stats:
+        _say_stats(stream, time.monotonic() - started_s)
+    return 0
+
+
+def _send(
+    client: CarouselClient, prompt: str | list[int], timeout_s: float | None, parameters: dict[str, Any]
+) -> GenerateStream:
+    try:
+        return client.generate(prompt, timeout_s=timeout_s, **parameters)
+    except ValueError as error:  # what its field can't hold: an id beyond 32 bits, bytes that are no text
+        raise click.UsageError(str(error)) from None
+
+
+def _read(path: str) -> str:
+    """The text of a file, or of standard input for `-`."""
+    try:
+        return (sys.stdin.buffer.read() if path == "-" else Path(path).read_bytes()).decode()
+    except UnicodeDecodeError as error:
+        name = "standard input" if path == "-" else path
+        raise click.ClickException(f"{name} is not UTF-8 text: see byte {error.start}") from None
+    except OSError as error:
+        raise click.ClickException(f"{path}: {error.strerror}") from None
+
+
+class _Output:
+    """Writes events to stdout, each at once."""
+
+    def __init__(self, as_json: bool) -> None:
+        self._as_json = as_json
+        self._terminal = sys.stdout.isatty()
+        self._in_line = False  # the cursor of a terminal stands behind text
+
+    def event(self, event: generation_pb2.GenerateResponse) -> None:
+        if self._as_json:
+            self._write(json_format.MessageToJson(event, **_JSON) + "\n")
+        elif event.delta.text:
+            self._write(event.delta.text)
+
+    def _write(self, text: str) -> None:
+        if self._terminal:
+            text = text.translate(_HARMLESS)
+        sys.stdout.buffer.write(text.encode(sys.stdout.encoding if self._terminal else "utf-8", errors="replace"))
+        sys.stdout.buffer.flush()
+        self._in_line = self._terminal and not text.endswith("\n")
+
+    def end(self) -> None:
+        """On a terminal what follows starts a line of its own; files and pipes get the text and nothing else."""
+        if self._in_line:
+            self._write("\n")
+
+
+def _interrupted(client: CarouselClient, stream: GenerateStream | None, output: _Output) -> int:
+    output.end()
+    said = "interrupted"
+    if stream is not None:
+        stream.close()
+        try:  # over the same connection, so its answer means that the server has heard of the first
+            client.cancel(stream.request_id, timeout_s=_CANCEL_S)
+            said = "interrupted: the request is cancelled"
+        except CarouselError:
+            said = "interrupted: the server has not confirmed the cancel"
+    _say(said)
+    return _INTERRUPTED
+
+
+def _closed_pipe(client: CarouselClient, stream: GenerateStream | None) -> int:
+    """Whoever read our output has enough: cancel, and go without a word, as other tools do."""
+    if stream is not None:
+        stream.close()
+        try:
+            client.cancel(stream.request_id, timeout_s=_CANCEL_S)
+        except CarouselError:
+            pass
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
+    return _CLOSED_PIPE
+
+
+def _say_stats(stream: GenerateStream, elapsed_s: float) -> None:
+    summary, finished = stream.summary, stream.finished.get(0)
+    if summary is None or finished is None:
+        return
+    usage, timing = summary.usage, summary.timing
+    reason = generation_pb2.FinishReason.Name(finished.reason).removeprefix("FINISH_REASON_").lower()
+    rate = usage.output_tokens / elapsed_s
+    _say(
+        f"{usage.output_tokens} tokens in {elapsed_s:.2f} s ({rate:.1f} tokens/s), ended by {reason};"
+        f" first token after {timing.time_to_first_token_ns / 1e6:.0f} ms ({timing.queued_ns / 1e6:.0f} ms of it in the queue);"
+        f" prompt {usage.prompt_tokens} tokens ({usage.cached_tokens} cached); seed {timing.seed}; request {summary.request_id}"
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------- errors
+
+
+def _say(text: str) -> None:
+    print(f"carousel: {' '.join(text.split())}", file=sys.stderr)
+
+
+def _advice(error: CarouselError) -> str:
+    """A failed call in one line that says what to do."""
+    if isinstance(error, ServerUnreachableError):
+        return f"{error.message} - start one with `carousel serve --model DIR`, or say where it is with --target HOST:PORT"
+    text = error.message or "the server gave no reason"
+    for field, description in error.fields.items():
+        if field not in text:
+            text += f"; {field}: {description}"
+    if error.retry_after_s is not None:
+        text += f"; try again in {error.retry_after_s:.3g} s"
+    if error.code is grpc.StatusCode.INTERNAL:
+        text += "; the server's log says more"
+    return f"{text} ({error.code.name})"
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """The console script. args: without the program's name; None: the process's own. Returns the exit code."""
+    try:
+        result = carousel.main(args=args, prog_name="carousel", standalone_mode=False)
+        return result if isinstance(result, int) else 0
+    except click.exceptions.NoArgsIsHelpError as error:
+        error.show()
+        return error.exit_code
+    except click.UsageError as error:
+        command = error.ctx.command_path if error.ctx is not None else "carousel"
+        _say(f"{error.format_message()} - `{command} --help` shows how it is used")
+        return error.exit_code
+    except click.ClickException as error:
+        _say(error.format_message())
+    except CarouselError as error:
+        _say(_advice(error))
+    except click.Abort:
+        return _INTERRUPTED
+    return 1

@@ -1,0 +1,279 @@
+"""Drives the core with a worker in memory and a clock that moves by hand, and holds the laws after every input.
+
+Whoever uses it says what arrives and when the worker answers; the driver knows what every request must get: the tokens of
+an undisturbed run, each once and in order, and one end.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from scheduler.core import Core, CoreConfig, Output
+from tests.helpers.fake_worker import PIPELINE_DEPTH, FakeWorker, undisturbed, worker_facts
+from wire import (
+    AddHeader,
+    AddRequest,
+    CancelOutcome,
+    EndReason,
+    OutputEnded,
+    Refused,
+    SamplingSpec,
+    StepPlan,
+    WorkerFacts,
+)
+
+NATURAL = (EndReason.STOP, EndReason.LENGTH)
+
+
+@dataclass(slots=True)
+class Tracked:
+    """One accepted request: what it must get and what it has got."""
+
+    frontend: int
+    handle: int
+    request_id: str
+    sequence_id: int  # counts up per accepted request
+    prompt: list[int]
+    sampling: SamplingSpec
+    expected: list[int]
+    got: list[int] = field(default_factory=list)
+    end: OutputEnded | None = None
+    gone: bool = False  # its front end is lost: nothing is heard of it
+    truncated_to: int | None = None
+
+    @property
+    def over(self) -> bool:
+        return self.end is not None or self.gone
+
+
+class CoreDriver:
+    """A core, its worker (None while it is away) and everything that was ever asked of them."""
+
+    def __init__(self, config: CoreConfig | None = None, facts: WorkerFacts | None = None, *, tick: int = 10) -> None:
+        self.core = Core(config or CoreConfig())
+        self.worker: FakeWorker | None = None
+        self.facts = facts or worker_facts()
+        self.now = 0
+        self.tick = tick  # nanoseconds that pass before each input
+        self.requests: list[Tracked] = []
+        self.plans: list[StepPlan] = []
+        self.num_refused = 0
+        self.joined()
+
+    # ------------------------------------------------------------------------------------------------------ inputs
+
+    def add(
+        self,
+        prompt: Sequence[int],
+        max_tokens: int = 0,
+        *,
+        frontend: int = 0,
+        priority: int = 2,
+        stop: Sequence[int] = (),
+        min_tokens: int = 0,
+        request_id: str | None = None,
+        handle: int | None = None,
+    ) -> Tracked | Refused:
+        now = self._pass_time()
+        number = len(self.requests) + self.num_refused
+        handle = number if handle is None else handle
+        request_id = f"r{number}" if request_id is None else request_id
+        sampling = SamplingSpec(0.0, 0, 1.0, 0.0, 0, min_tokens, tuple(stop))
+        header = AddHeader(handle, request_id, now, priority, max_tokens, sampling)
+        refused = self.core.add(AddRequest(header, np.array(prompt, np.int32)), frontend, now)
+        if refused is not None:
+            self.num_refused += 1
+            self.check()
+            return refused
+        room = min(self.facts.max_model_len, self.facts.num_blocks * self.facts.block_size + 1) - len(prompt)
+        expected = undisturbed(prompt, min(max_tokens or room, room), self.facts.vocab_size, sampling)
+        tracked = Tracked(frontend, handle, request_id, len(self.requests), list(prompt), sampling, expected)
+        self.requests.append(tracked)
+        self.check()
+        return tracked
+
+    def accepted(self, prompt: Sequence[int], max_tokens: int = 0, **options: object) -> Tracked:
+        """`add`, for a request that must be taken."""
+        tracked = self.add(prompt, max_tokens, **options)  # type: ignore[arg-type]
+        assert isinstance(tracked, Tracked), tracked
+        return tracked
+
+    def abort(self, request: Tracked) -> None:
+        self._hear(self.core.abort(request.frontend, request.handle, self._pass_time()))
+        assert request.over
+
+    def cancel(self, request_id: str) -> CancelOutcome:
+        outcome, outputs = self.core.cancel(request_id, self._pass_time())
+        self._hear(outputs)
+        return outcome
+
+    def truncate(self, request: Tracked, num_outputs: int) -> None:
+        if not request.over:
+            request.truncated_to = num_outputs
+        self._hear(self.core.truncate(request.frontend, request.handle, num_outputs, self._pass_time()))
+        assert request.over
+
+    def frontend_lost(self, frontend: int) -> None:
+        self.core.frontend_lost(frontend, self._pass_time())
+        for request in self.requests:
+            if request.frontend == frontend and request.end is None:
+                request.gone = True
+        self.check()
+
+    def joined(self, facts: WorkerFacts | None = None) -> None:
+        """A worker with an empty mirror has come; the one before, if any, is gone."""
+        self.facts = facts or self.facts
+        outputs = self.core.worker_joined(self.facts, self._pass_time())
+        self.worker = FakeWorker(self.facts, self.core.epoch)
+        self._hear(outputs)
+
+    def lost(self) -> None:
+        self.worker = None
+        self._hear(self.core.worker_lost(self._pass_time()))
+
+    def step_failed(self) -> None:
+        """The worker says that the oldest step failed; the core begins a new epoch with it."""
+        assert self.worker is not None
+        failed = self.worker.fail()
+        assert (failed.epoch, failed.step_id) == (self.core.epoch, self.core.in_flight[0].step_id)
+        self._hear(self.core.worker_lost(self._pass_time()))
+        self.joined()
+
+    def plan(self) -> StepPlan | None:
+        plan = self.core.plan(self._pass_time())
+        if plan is not None:
+            assert self.worker is not None, "a plan without a worker"
+            assert int(plan.num_tokens.sum()) <= self.core.token_budget
+            self.worker.submit(plan)
+            self.plans.append(plan)
+            self._check_no_ended_request_in(plan)
+        self.check()
+        return plan
+
+    def answer(self) -> None:
+        """The oldest step's result arrives."""
+        assert self.worker is not None
+        self._hear(self.core.apply(self.worker.answer(), self._pass_time()))
+
+    # --------------------------------------------------------------------------------------------------- in longer
+
+    def step(self) -> StepPlan | None:
+        """One plan and its answer, nothing else in flight afterwards."""
+        plan = self.plan()
+        if plan is not None:
+            while self.core.in_flight:
+                self.answer()
+        return plan
+
+    def turn(self) -> bool:
+        """Fills the pipeline, then takes one answer. False: nothing was there to do."""
+        moved = False
+        while self.plan() is not None:
+            moved = True
+        if self.core.in_flight:
+            self.answer()
+            moved = True
+        return moved
+
+    def finish(self, max_turns: int = 20_000) -> None:
+        """Runs until nothing is left; then nothing may be held, and the counts must agree."""
+        if self.worker is None:
+            self.joined()
+        for _ in range(max_turns):
+            if not self.turn():
+                break
+        assert self.core.is_idle, "the batch stands still with requests in it"
+        assert all(request.over for request in self.requests)
+        load = self.core.load(7)
+        assert (load.query_id, load.total_blocks, load.free_blocks) == (7, self.facts.num_blocks, self.facts.num_blocks)
+        assert load.held_blocks == load.retiring_blocks == load.cached_blocks == load.kv_tokens == 0
+        assert load.running_requests == load.waiting_requests == load.waiting_tokens == 0
+        assert self.core.rows.num_free == self.core.rows.max_rows
+        if not any(request.gone for request in self.requests):
+            assert load.output_tokens == sum(len(request.got) for request in self.requests)
+
+    def slots_of(self, plan: StepPlan) -> list[str]:
+        """The request ids of a plan's rows, in its order. Only right after the plan was made."""
+        assert self.worker is not None
+        return [self.requests[self.worker.sequences[slot].start.sequence_id].request_id for slot in plan.slots.tolist()]
+
+    # -------------------------------------------------------------------------------------------------------- laws
+
+    def check(self) -> None:
+        """What must hold between any two inputs."""
+        core, load = self.core, self.core.load(0)
+        core.check_invariants()
+        assert len(core.in_flight) <= PIPELINE_DEPTH
+        assert load.free_blocks + load.held_blocks + load.retiring_blocks + load.cached_blocks == load.total_blocks
+        alive = [request for request in self.requests if not request.over]
+        assert load.running_requests + load.waiting_requests == len(alive) == core.num_requests
+        assert load.accepted_requests == len(self.requests) and load.refused_requests == self.num_refused
+        assert load.finished_requests + load.cancelled_requests == len(self.requests) - len(alive)
+        assert load.waiting_tokens <= sum(len(request.prompt) for request in alive)
+        self._check_retiring()
+
+    def _check_retiring(self) -> None:
+        """A block that nobody holds is free, unless a plan in flight still names it."""
+        pool = self.core.kv.pool
+        retiring = set(np.flatnonzero((pool.ref_counts == 0) & ~pool._is_free).tolist()) - {0}
+        named = self.worker.blocks_in_flight() if self.worker is not None else frozenset()
+        assert retiring <= named, "blocks retire that no plan in flight names"
+        free = set(np.flatnonzero(pool._is_free).tolist())
+        assert not free & named, "a block is free that a plan in flight names"
+
+    def _check_no_ended_request_in(self, plan: StepPlan) -> None:
+        assert self.worker is not None
+        for slot in plan.slots.tolist():
+            request = self.requests[self.worker.sequences[slot].start.sequence_id]
+            assert not request.over, f"{request.request_id} is over and in a plan"
+        for slot in plan.padding.tolist():
+            request = self.requests[self.worker.sequences[slot].start.sequence_id]
+            natural = request.end is not None and request.end.reason in NATURAL
+            assert self.core.policy.keeps_ended_rows and natural, f"{request.request_id} pads without a right to"
+
+    # ----------------------------------------------------------------------------------------------------- outputs
+
+    def _pass_time(self) -> int:
+        self.now += self.tick
+        return self.now
+
+    def _hear(self, outputs: Sequence[Output]) -> None:
+        assert len({output.frontend for output in outputs}) == len(outputs), "one message per front end"
+        for output in outputs:
+            batch = output.batch
+            handles = batch.handles.tolist()
+            assert len(set(handles)) == len(handles) == len(batch.tokens), "at most one token per handle"
+            for handle, token in zip(handles, batch.tokens.tolist(), strict=True):
+                self._hear_token(self._alive(output.frontend, handle), token)
+            for end in batch.header.ended:
+                self._hear_end(self._alive(output.frontend, end.handle), end)
+        self.check()
+
+    def _alive(self, frontend: int, handle: int) -> Tracked:
+        found = [r for r in self.requests if (r.frontend, r.handle) == (frontend, handle) and not r.over]
+        assert len(found) == 1, f"words for handle {handle} of front end {frontend}, which nobody waits for"
+        return found[0]
+
+    def _hear_token(self, request: Tracked, token: int) -> None:
+        at = len(request.got)
+        assert request.expected[at : at + 1] == [token], f"{request.request_id}: output {at} differs from a run alone"
+        request.got.append(token)
+
+    def _hear_end(self, request: Tracked, end: OutputEnded) -> None:
+        request.end = end
+        stats, got = end.stats, len(request.got)
+        stop = request.got[-1] if got and request.got[-1] in request.sampling.stop_token_ids else -1
+        if end.reason is EndReason.STOP and request.truncated_to is not None:
+            assert end.stop_token_id == -1 and stats.output_tokens == min(request.truncated_to, got)
+        else:
+            assert stats.output_tokens == got
+            assert end.stop_token_id == stop and (stop >= 0) == (end.reason is EndReason.STOP)
+        if end.reason is EndReason.LENGTH:
+            assert request.got == request.expected
+        assert bool(end.message) == (end.reason in (EndReason.ERROR, EndReason.UNAVAILABLE))
+        assert stats.prompt_tokens == len(request.prompt)
+        assert min(stats.queued_ns, stats.prefill_ns, stats.decode_ns, stats.preempted_ns, stats.block_ns) >= 0
+        assert (stats.first_token_ns > 0) == (got > 0)

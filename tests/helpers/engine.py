@@ -1,0 +1,153 @@
+"""The core process by itself, with hand-driven peers: a front end and a worker that speak the wire over real sockets."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import zmq
+
+from scheduler.config import EngineConfig
+from scheduler.core import CoreConfig
+from wire import (
+    AddHeader,
+    AddRequest,
+    Message,
+    Probe,
+    SamplingSpec,
+    StepFailed,
+    StepPlan,
+    StepResult,
+    Welcome,
+    WorkerHello,
+    encode,
+)
+from wire import decode as decode_frames
+from worker.sim_executor import SimExecutor
+
+PATIENCE_MS = 20_000
+GREEDY = SamplingSpec(0.0, 0, 1.0, 0.0, 0)
+
+
+class EngineProcess:
+    """`python -m scheduler engine …` on sockets in a folder of its own."""
+
+    def __init__(self, core: CoreConfig | None = None, drain_timeout_s: float = 10.0) -> None:
+        self._folder = tempfile.TemporaryDirectory(prefix="carousel-test-")
+        self.frontends = f"ipc://{self._folder.name}/core"
+        self.workers = f"ipc://{self._folder.name}/workers"
+        status, writer = os.pipe()
+        config = EngineConfig(
+            core=core or CoreConfig(),
+            frontend_endpoint=self.frontends,
+            worker_endpoint=self.workers,
+            status_fd=writer,
+            drain_timeout_s=drain_timeout_s,
+            log_level="info",
+        )
+        self.log_path = Path(self._folder.name) / "log"
+        with self.log_path.open("wb") as log:
+            command = [sys.executable, "-m", "scheduler", "engine", msgspec.json.encode(config).decode()]
+            self.process = subprocess.Popen(command, pass_fds=(writer,), stderr=log)
+        os.close(writer)
+        self.status = status
+        self.context = zmq.Context()
+
+    def log(self) -> str:
+        return self.log_path.read_text()
+
+    def close(self) -> None:
+        self.process.kill()
+        self.process.wait()
+        os.close(self.status)
+        self.context.destroy(linger=0)
+        self._folder.cleanup()
+
+    def terminate(self) -> int:
+        self.process.send_signal(signal.SIGTERM)
+        return self.process.wait(30)
+
+
+class Dealer:
+    """One peer of the engine."""
+
+    def __init__(self, engine: EngineProcess, endpoint: str) -> None:
+        self.socket = engine.context.socket(zmq.DEALER)
+        self.socket.setsockopt(zmq.LINGER, 0)
+        self.socket.connect(endpoint)
+
+    def send(self, message: Message) -> None:
+        self.socket.send_multipart(encode(message))
+
+    def receive(self, timeout_ms: int = PATIENCE_MS) -> Message | None:
+        """The next message that is not a probe; None when nothing comes."""
+        until = time.monotonic() + timeout_ms / 1000
+        while (left := until - time.monotonic()) > 0 and self.socket.poll(max(1, int(left * 1000))):
+            message = decode_frames(self.socket.recv_multipart())
+            if not isinstance(message, Probe):
+                return message
+        return None
+
+    def until(self, wanted: Callable[[Message], bool]) -> list[Message]:
+        """Receives until `wanted` is true of a message; returns all of them."""
+        messages: list[Message] = []
+        while True:
+            message = self.receive()
+            assert message is not None, f"nothing more came after {messages[-3:]}"
+            messages.append(message)
+            if wanted(message):
+                return messages
+
+    def close(self) -> None:
+        self.socket.close()
+
+
+class HandWorker(Dealer):
+    """A simulated worker that computes a step when it is told to."""
+
+    def __init__(self, engine: EngineProcess, executor: SimExecutor) -> None:
+        super().__init__(engine, engine.workers)
+        self.executor = executor
+        self.send(WorkerHello(0, executor.facts))
+        self._welcome(self.receive())
+
+    def _welcome(self, message: Message | None) -> None:
+        assert isinstance(message, Welcome), message
+        self.epoch = message.epoch
+        self.executor.reset()
+
+    def step(self, timeout_ms: int = PATIENCE_MS) -> StepPlan | None:
+        """Computes the next plan; None when none comes."""
+        message = self.receive(timeout_ms)
+        if message is None:
+            return None
+        if isinstance(message, Welcome):
+            self._welcome(message)
+            return self.step(timeout_ms)
+        assert isinstance(message, StepPlan), message
+        self.executor.submit(message, self._deliver)
+        return message
+
+    def fail(self, why: str) -> None:
+        """Answers the next plan with StepFailed, and takes no other before the next Welcome, as a worker does."""
+        plan = self.receive()
+        assert isinstance(plan, StepPlan), plan
+        self.send(StepFailed(0, self.epoch, plan.header.step_id, why))
+        self._welcome(self.until(lambda message: isinstance(message, Welcome))[-1])
+
+    def _deliver(self, result: StepResult | StepFailed) -> None:
+        assert isinstance(result, StepResult), result
+        self.send(result)
+
+
+def request(handle: int, prompt: list[int], max_tokens: int, sampling: SamplingSpec = GREEDY) -> AddRequest:
+    header = AddHeader(handle, f"request-{handle}", time.monotonic_ns(), 2, max_tokens, sampling)
+    return AddRequest(header, np.array(prompt, np.int32))
