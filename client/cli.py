@@ -5,6 +5,7 @@ Exit codes: 0 done, 1 failed, 2 wrong usage; 130 and 141 when Ctrl-C or a closed
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 import time
@@ -22,7 +23,7 @@ from client.errors import CarouselError, ServerUnreachableError
 
 _INTERRUPTED, _CLOSED_PIPE = 130, 141  # 128 + SIGINT, 128 + SIGPIPE
 _CANCEL_S = 2.0  # how long Ctrl-C waits for the server's word
-_UINT32 = click.IntRange(0, 2**32 - 1)
+_COUNT = click.IntRange(0)
 _SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
 # The API's own JSON mapping, with the names of the .proto files, zeros written out, on one line.
 _JSON: dict[str, Any] = {
@@ -140,10 +141,10 @@ def serve(scheduler_options: tuple[str, ...], **options: str | float | None) -> 
 def _token_ids(context: click.Context, parameter: click.Parameter, value: str | None) -> list[int] | None:
     if value is None:
         return None
-    try:
-        return [int(part) for part in value.replace(",", " ").split()]
-    except ValueError:
-        raise click.BadParameter("must be numbers with commas between, as in 1,2,3") from None
+    parts = value.replace(",", " ").split()
+    if not all(part.isdecimal() and int(part) < 2**32 for part in parts):
+        raise click.BadParameter("token ids are whole numbers with commas between, as in 1,2,3")
+    return [int(part) for part in parts]
 
 
 @carousel.command(context_settings=_SETTINGS)
@@ -158,17 +159,17 @@ def _token_ids(context: click.Context, parameter: click.Parameter, value: str | 
 @click.option("--token-ids", callback=_token_ids, metavar="1,2,3", help="Token ids instead of text.")
 @click.argument("dash", required=False, metavar="[-]")
 @click.option("--target", default="127.0.0.1:50051", show_default=True, metavar="HOST:PORT", help="The server.")
-@click.option("--max-tokens", type=_UINT32, metavar="N", help="Most tokens to generate. [default: as many as the model allows]")
+@click.option("--max-tokens", type=_COUNT, metavar="N", help="Most tokens to generate. [default: as many as the model allows]")
 @click.option(
     "--temperature",
     type=float,
     metavar="T",
     help="0: always the likeliest token; higher: more varied. [default for this and the next three: the model's own]",
 )
-@click.option("--top-k", type=_UINT32, metavar="K", help="Draw from the K likeliest tokens; 0: from all.")
+@click.option("--top-k", type=_COUNT, metavar="K", help="Draw from the K likeliest tokens; 0: from all.")
 @click.option("--top-p", type=float, metavar="P", help="Draw from the likeliest tokens that make up this probability.")
 @click.option("--min-p", type=float, metavar="P", help="Leave out tokens less likely than this share of the likeliest.")
-@click.option("--seed", type=click.IntRange(0, 2**64 - 1), metavar="N", help="The same seed draws the same. [default: random]")
+@click.option("--seed", type=_COUNT, metavar="N", help="The same seed draws the same. [default: random]")
 @click.option("--stop", multiple=True, metavar="TEXT", help="End where this text appears. May be given several times.")
 @click.option("--ignore-eos", is_flag=True, default=None, help="Go on after the model's own end token, up to --max-tokens.")
 @click.option("--priority", type=click.Choice([*PRIORITIES]), help="Who goes first when requests wait. [default: normal]")
@@ -199,7 +200,9 @@ def generate(
     """
     sources = [source for source in (prompt, file, token_ids, dash) if source is not None]
     if len(sources) != 1 or dash not in (None, "-"):
-        raise click.UsageError("say what to continue by one of: --prompt TEXT, --file F, --token-ids 1,2,3, or - for stdin")
+        raise click.UsageError(
+            "say what to continue with one of --prompt TEXT, --file F, --token-ids 1,2,3, and - for standard input"
+        )
     started_s = time.monotonic()
     output = _Output(as_json)
     with CarouselClient(target) as client:
@@ -227,7 +230,9 @@ def _send(
 ) -> GenerateStream:
     try:
         return client.generate(prompt, timeout_s=timeout_s, **parameters)
-    except ValueError as error:  # what its field can't hold: an id beyond 32 bits, bytes that are no text
+    except UnicodeEncodeError:
+        raise click.UsageError("the prompt and the stop strings must be UTF-8 text") from None
+    except ValueError as error:  # a number too large for its field
         raise click.UsageError(str(error)) from None
 
 
@@ -287,10 +292,8 @@ def _closed_pipe(client: CarouselClient, stream: GenerateStream | None) -> int:
     """Whoever read our output has enough: cancel, and go without a word, as other tools do."""
     if stream is not None:
         stream.close()
-        try:
+        with contextlib.suppress(CarouselError):
             client.cancel(stream.request_id, timeout_s=_CANCEL_S)
-        except CarouselError:
-            pass
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
     return _CLOSED_PIPE
 
@@ -319,7 +322,9 @@ def _say(text: str) -> None:
 def _advice(error: CarouselError) -> str:
     """A failed call in one line that says what to do."""
     if isinstance(error, ServerUnreachableError):
-        return f"{error.message} - start one with `carousel serve --model DIR`, or say where it is with --target HOST:PORT"
+        where, _, why = error.message.partition(": ")
+        why = why.rpartition(": ")[2].rstrip("]")  # grpc's chain of causes ends with the one that a person knows
+        return f"{where} ({why}): start one with `carousel serve --model DIR`, or name another with --target HOST:PORT"
     text = error.message or "the server gave no reason"
     for field, description in error.fields.items():
         if field not in text:
@@ -341,7 +346,7 @@ def main(args: Sequence[str] | None = None) -> int:
         return error.exit_code
     except click.UsageError as error:
         command = error.ctx.command_path if error.ctx is not None else "carousel"
-        _say(f"{error.format_message()} - `{command} --help` shows how it is used")
+        _say(f"{error.format_message().rstrip('.')}; see `{command} --help`")
         return error.exit_code
     except click.ClickException as error:
         _say(error.format_message())

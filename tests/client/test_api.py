@@ -1,0 +1,201 @@
+"""The Python client against a real gRPC server with scripted streams."""
+
+from __future__ import annotations
+
+import threading
+
+import grpc
+import pytest
+
+from carousel.v1 import generation_pb2, inspect_pb2
+from client import CarouselClient, CarouselError, ServerUnreachableError
+from tests.helpers.fake_server import WAIT_S, FakeServer, bad_request, delta, ending, refuse, retry_after, words
+
+
+@pytest.fixture
+def server():
+    with FakeServer() as running:
+        yield running
+
+
+@pytest.fixture
+def client(server):
+    with CarouselClient(server.target) as connected:
+        yield connected
+
+
+def test_text_comes_piece_by_piece_and_the_summary_last(server, client):
+    server.script = words("def", " f", "(")
+    stream = client.generate("prompt")
+    assert list(stream.text()) == ["def", " f", "("]
+    assert stream.summary.usage.output_tokens == 3
+    assert stream.finished[0].reason == generation_pb2.FINISH_REASON_LENGTH
+
+
+def test_only_what_was_given_is_sent(server, client):
+    list(client.generate("prompt", temperature=0, max_tokens=7, stop="x"))
+    request = server.requests.get(timeout=WAIT_S)
+    assert request.text == "prompt"
+    assert request.sampling.HasField("temperature") and request.sampling.temperature == 0
+    assert request.stopping.max_tokens == 7 and list(request.stopping.stop) == ["x"]
+    given = {field.name for message in (request.sampling, request.stopping) for field, _ in message.ListFields()}
+    assert given == {"temperature", "max_tokens", "stop"}
+    assert request.scheduling == generation_pb2.SchedulingParams()
+
+
+def test_every_argument_reaches_its_field(server, client):
+    arguments = {"top_k": 5, "top_p": 0.5, "min_p": 0.25, "seed": 2**63, "min_tokens": 1, "stop_token_ids": [1, 2]}
+    list(client.generate([3, 4], request_id="me", ignore_eos=True, echo=True, priority="interactive", **arguments))
+    request = server.requests.get(timeout=WAIT_S)
+    assert request.request_id == "me" and list(request.token_ids.ids) == [3, 4]
+    sampling, stopping = request.sampling, request.stopping
+    assert (sampling.top_k, sampling.top_p, sampling.min_p, sampling.seed) == (5, 0.5, 0.25, 2**63)
+    assert (stopping.min_tokens, list(stopping.stop_token_ids), stopping.ignore_eos) == (1, [1, 2], True)
+    assert request.output.echo and request.scheduling.priority == generation_pb2.PRIORITY_CLASS_INTERACTIVE
+
+
+def test_empty_prompts_are_sent_as_what_they_are_for_the_server_to_refuse(server, client):
+    list(client.generate(""))
+    list(client.generate([]))
+    assert [server.requests.get(timeout=WAIT_S).WhichOneof("prompt") for _ in range(2)] == ["text", "token_ids"]
+
+
+def test_a_request_without_an_id_gets_one_of_its_own(server, client):
+    streams = [client.generate("p") for _ in range(2)]
+    assert streams[0].request_id != streams[1].request_id
+    assert {server.requests.get(timeout=WAIT_S).request_id for _ in streams} == {stream.request_id for stream in streams}
+
+
+def endless(request, context):
+    offset = 0
+    while context.is_active():
+        yield delta("x", offset)
+        offset += 1
+
+
+@pytest.mark.parametrize("leave", ["with", "close", "text", "drop"])
+def test_leaving_a_stream_cancels_its_call(server, client, leave):
+    server.script = endless
+    stream = client.generate("p", request_id="left")
+    next(stream)
+    if leave == "with":
+        with stream:
+            next(stream)
+    elif leave == "close":
+        stream.close()
+    elif leave == "text":
+        for _ in stream.text():
+            break
+    del stream
+    assert server.dropped.get(timeout=WAIT_S) == "left"
+
+
+def test_a_stream_closed_by_another_thread_ends_quietly(server, client):
+    waiting = threading.Event()
+
+    def hold(request, context):
+        context.add_callback(waiting.set)
+        yield delta("x")
+        waiting.wait(WAIT_S)
+
+    server.script = hold
+    stream = client.generate("p")
+    next(stream)
+    threading.Thread(target=stream.close).start()
+    assert list(stream) == []
+
+
+def test_many_streams_run_on_one_client(server, client):
+    together = threading.Barrier(8, timeout=WAIT_S)
+
+    def script(request, context):
+        together.wait()  # only passes when all eight are under way at once
+        yield delta(request.text)
+        yield from ending(request, 1)
+
+    server.script = script
+    streams = [client.generate(f"prompt {i}") for i in range(8)]
+    assert ["".join(stream.text()) for stream in streams] == [f"prompt {i}" for i in range(8)]
+
+
+def test_a_refusal_carries_status_message_and_field(server, client):
+    server.script = refuse(grpc.StatusCode.INVALID_ARGUMENT, "too long", bad_request("stopping.max_tokens", "at most 512"))
+    with pytest.raises(CarouselError) as raised:
+        next(client.generate("p"))
+    error = raised.value
+    assert error.code is grpc.StatusCode.INVALID_ARGUMENT
+    assert error.message == "too long" and error.fields == {"stopping.max_tokens": "at most 512"}
+    assert str(error) == "INVALID_ARGUMENT: too long"
+
+
+def test_a_full_queue_says_when_to_come_again(server, client):
+    server.script = refuse(grpc.StatusCode.RESOURCE_EXHAUSTED, "the queue is full", retry_after(1, 500_000_000))
+    with pytest.raises(CarouselError) as raised:
+        list(client.generate("p"))
+    assert raised.value.retry_after_s == 1.5
+
+
+def test_a_draining_server_is_not_an_unreachable_one(server, client):
+    server.script = refuse(grpc.StatusCode.UNAVAILABLE, "the server is draining", retry_after(5))
+    with pytest.raises(CarouselError) as raised:
+        list(client.generate("p"))
+    assert not isinstance(raised.value, ServerUnreachableError)
+    assert raised.value.message == "the server is draining"
+
+
+def test_nobody_at_the_target_is_named():
+    with FakeServer() as server:
+        target = server.target
+    with CarouselClient(target) as client:
+        with pytest.raises(ServerUnreachableError, match=target):
+            list(client.generate("p"))
+        with pytest.raises(ServerUnreachableError, match=target):
+            client.load()
+
+
+def test_a_deadline_is_the_calls_own(server, client):
+    def script(request, context):
+        yield delta("x")
+        ended = threading.Event()
+        context.add_callback(ended.set)
+        ended.wait(WAIT_S)
+
+    server.script = script
+    stream = client.generate("p", timeout_s=0.5)
+    with pytest.raises(CarouselError) as raised:
+        list(stream)
+    assert raised.value.code is grpc.StatusCode.DEADLINE_EXCEEDED
+
+
+def test_facts_and_cancel(server, client):
+    assert client.server_info().served_model_name == "fake"
+    assert client.model_info().vocab_size == 100
+    assert client.load().total_blocks == 10
+    assert client.cancel("some-id") == generation_pb2.CANCEL_OUTCOME_CANCELLED
+    assert server.cancels.get(timeout=WAIT_S) == "some-id"
+
+
+def test_steps_can_be_watched(server, client):
+    server.steps = [inspect_pb2.WatchStepsResponse(step_id=i) for i in range(3)]
+    with client.watch_steps() as steps:
+        assert [step.step_id for step in steps] == [0, 1, 2]
+
+
+def test_wait_ready_returns_when_health_says_serving(server, client):
+    server.say_ready(False)
+    done = threading.Event()
+    waiter = threading.Thread(target=lambda: (client.wait_ready(WAIT_S), done.set()))
+    waiter.start()
+    server.say_ready(True)
+    assert done.wait(WAIT_S)
+    waiter.join()
+
+
+def test_wait_ready_gives_up_in_time(server, client):
+    server.say_ready(False)
+    with pytest.raises(CarouselError, match=r"not ready within 0\.2 s"):
+        client.wait_ready(0.2)
+
+
+def test_a_message_of_ten_megabytes_passes(server, client):
+    assert "".join(client.generate("p" * (10 << 20)).text()) == "abc"

@@ -1,0 +1,142 @@
+"""A real gRPC server with the public services and no model: what a stream does is a function that the test gives.
+
+`script(request, context)` yields the events of one Generate call. Everything that clients did is kept for the test to see.
+"""
+
+from __future__ import annotations
+
+import queue
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Self
+
+import grpc
+from google.protobuf import any_pb2, duration_pb2
+from google.rpc import error_details_pb2, status_pb2
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_status import rpc_status
+
+from carousel.v1 import control_pb2, control_pb2_grpc, generation_pb2, generation_pb2_grpc, inspect_pb2, inspect_pb2_grpc
+
+Script = Callable[[generation_pb2.GenerateRequest, grpc.ServicerContext], Iterator[generation_pb2.GenerateResponse]]
+WAIT_S = 20.0  # a test that waits this long has failed
+
+
+def delta(text: str, token_offset: int = 0) -> generation_pb2.GenerateResponse:
+    """One token, with this text."""
+    return generation_pb2.GenerateResponse(
+        delta=generation_pb2.Delta(token_offset=token_offset, token_ids=[token_offset + 1], text=text)
+    )
+
+
+def ending(request: generation_pb2.GenerateRequest, output_tokens: int) -> Iterator[generation_pb2.GenerateResponse]:
+    """Finished (by length) and Summary."""
+    length = generation_pb2.FINISH_REASON_LENGTH
+    yield generation_pb2.GenerateResponse(finished=generation_pb2.Finished(reason=length))
+    usage = generation_pb2.Usage(prompt_tokens=5, output_tokens=output_tokens)
+    timing = generation_pb2.Timing(queued_ns=1_000_000, time_to_first_token_ns=7_000_000, seed=3)
+    yield generation_pb2.GenerateResponse(
+        summary=generation_pb2.Summary(request_id=request.request_id, usage=usage, timing=timing)
+    )
+
+
+def words(*texts: str) -> Script:
+    """Answers with these texts, a token each, and an orderly end."""
+
+    def script(
+        request: generation_pb2.GenerateRequest, context: grpc.ServicerContext
+    ) -> Iterator[generation_pb2.GenerateResponse]:
+        for offset, text in enumerate(texts):
+            yield delta(text, offset)
+        yield from ending(request, len(texts))
+
+    return script
+
+
+def refuse(code: grpc.StatusCode, message: str, *details: object) -> Script:
+    """Ends the call with this status and these google.rpc details."""
+
+    def script(
+        request: generation_pb2.GenerateRequest, context: grpc.ServicerContext
+    ) -> Iterator[generation_pb2.GenerateResponse]:
+        status = status_pb2.Status(code=code.value[0], message=message)
+        for detail in details:
+            packed = any_pb2.Any()
+            packed.Pack(detail)
+            status.details.append(packed)
+        context.abort_with_status(rpc_status.to_status(status))
+        yield delta("never")
+
+    return script
+
+
+def bad_request(field: str, description: str) -> error_details_pb2.BadRequest:
+    violation = error_details_pb2.BadRequest.FieldViolation(field=field, description=description)
+    return error_details_pb2.BadRequest(field_violations=[violation])
+
+
+def retry_after(seconds: int, nanos: int = 0) -> error_details_pb2.RetryInfo:
+    return error_details_pb2.RetryInfo(retry_delay=duration_pb2.Duration(seconds=seconds, nanos=nanos))
+
+
+class FakeServer(generation_pb2_grpc.GenerationServicer, control_pb2_grpc.ControlServicer, inspect_pb2_grpc.InspectServicer):
+    """Listens on a free port of loopback while it is entered."""
+
+    def __init__(self, script: Script | None = None, port: int = 0) -> None:
+        self.script = script or words("a", "b", "c")
+        self.requests: queue.Queue[generation_pb2.GenerateRequest] = queue.Queue()
+        self.cancels: queue.Queue[str] = queue.Queue()  # ids that Cancel was called with
+        self.dropped: queue.Queue[str] = queue.Queue()  # ids of streams whose reader went away
+        self.cancel_outcome = generation_pb2.CANCEL_OUTCOME_CANCELLED
+        self.steps: list[inspect_pb2.WatchStepsResponse] = []
+        self.health = health.HealthServicer()
+        self._server = grpc.server(ThreadPoolExecutor(32), options=[("grpc.so_reuseport", 0)])
+        generation_pb2_grpc.add_GenerationServicer_to_server(self, self._server)
+        control_pb2_grpc.add_ControlServicer_to_server(self, self._server)
+        inspect_pb2_grpc.add_InspectServicer_to_server(self, self._server)
+        health_pb2_grpc.add_HealthServicer_to_server(self.health, self._server)
+        self.port = self._server.add_insecure_port(f"127.0.0.1:{port}")
+        self.target = f"127.0.0.1:{self.port}"
+
+    def __enter__(self) -> Self:
+        self._server.start()
+        self.say_ready(True)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._server.stop(0).wait(WAIT_S)
+
+    def say_ready(self, ready: bool) -> None:
+        status = health_pb2.HealthCheckResponse.SERVING if ready else health_pb2.HealthCheckResponse.NOT_SERVING
+        self.health.set("", status)
+
+    # ------------------------------------------------------------------------------------------------------- services
+
+    def Generate(self, request, context):
+        self.requests.put(request)
+        done = False
+
+        def gone() -> None:
+            if not done:
+                self.dropped.put(request.request_id)
+
+        if not context.add_callback(gone):
+            gone()  # before it began
+        yield from self.script(request, context)
+        done = True
+
+    def Cancel(self, request, context):
+        self.cancels.put(request.request_id)
+        return generation_pb2.CancelResponse(outcome=self.cancel_outcome)
+
+    def GetServerInfo(self, request, context):
+        return control_pb2.GetServerInfoResponse(version="0", served_model_name="fake", policy="continuous", max_batch_rows=4)
+
+    def GetModelInfo(self, request, context):
+        return control_pb2.GetModelInfoResponse(served_model_name="fake", vocab_size=100, max_model_len=512, block_size=16)
+
+    def GetLoad(self, request, context):
+        return control_pb2.GetLoadResponse(total_blocks=10, free_blocks=10)
+
+    def WatchSteps(self, request, context):
+        yield from self.steps
