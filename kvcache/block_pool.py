@@ -48,11 +48,11 @@ class BlockPool:
             self._cursor = int(found[-1]) + 1 if not missing else self._cursor + len(window)
             if self._cursor > self.num_blocks:
                 self._cursor = 1
-        blocks = np.concatenate(parts).astype(np.int32) if parts else np.empty(0, np.int32)
+        blocks = np.concatenate(parts) if parts else np.empty(0, np.intp)
         self._is_free[blocks] = False
         self.ref_counts[blocks] = 1
         self.num_free -= count
-        return blocks
+        return blocks.astype(np.int32)
 
     def release(self, blocks: I32, last_step: int, returned_step: int) -> None:
         """Drops one reference of each block. Those without any left retire until `last_step`, the last step whose plan names

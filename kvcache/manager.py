@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 
 from kvcache.block_pool import BlockPool
-from kvcache.block_table import BlockTables
-from wire.messages import I32, U16
+from kvcache.block_table import BlockTables, Slots
+from wire.messages import I32
 
 
 class KVCacheManager:
@@ -17,10 +17,6 @@ class KVCacheManager:
         self.pool = BlockPool(num_blocks)
         self.tables = BlockTables(max_rows)
 
-    @property
-    def capacity_tokens(self) -> int:
-        return self.pool.num_blocks * self.block_size
-
     def blocks_for(self, num_tokens: int) -> int:
         return -(-num_tokens // self.block_size)
 
@@ -30,11 +26,11 @@ class KVCacheManager:
         self.tables.start(slot, blocks)
         return blocks
 
-    def full(self, slots: U16, num_computed: I32) -> np.ndarray[tuple[int], np.dtype[np.bool_]]:
+    def full(self, slots: Slots, num_computed: I32) -> np.ndarray[tuple[int], np.dtype[np.bool_]]:
         """Which of these slots need one more block for the token after their `num_computed` first ones."""
         return num_computed >= self.tables.num_blocks[slots] * self.block_size
 
-    def grow(self, slots: U16) -> I32:
+    def grow(self, slots: Slots) -> I32:
         """One more block for each slot; the caller has checked that they are free. Returns the blocks, in that order."""
         blocks = self.pool.allocate(len(slots))
         self.tables.append(slots, blocks)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -50,7 +51,7 @@ class PoolSize:
             f"{self.num_tokens / self.max_model_len:.1f} sequences of {self.max_model_len:,}"
         )
         if self.lowered_from is not None:
-            text += f" (the model can {self.lowered_from:,}, the memory can't: --kv-memory-gib)"
+            text += f" (the model's {self.lowered_from:,} lowered to what the cache holds)"
         return text
 
 
@@ -69,13 +70,13 @@ def size_pool(
     default_bytes: int | None,
     wish: Wish,
 ) -> PoolSize:
-    """The pool for a model that can take `model_len` tokens, when `available_bytes` are left for it.
+    """The pool for a model of `model_len` tokens, or of a wished length that it can do, out of `available_bytes`.
 
     A wish for blocks or memory is met or refused. Without one the pool takes `share` of the available memory, at most
     `default_bytes` (None: no such bound) unless one sequence of a wished length needs more, and at most what max_batch_rows
     full sequences can use. One sequence of max_model_len must fit: a length that was not wished for is lowered to the pool.
     """
-    length = min(wish.max_model_len or model_len, model_len)
+    length = wish.max_model_len or model_len
     block_bytes = block_size * bytes_per_token
     one_sequence = -(-length // block_size)
     if wish.num_blocks is not None:
@@ -101,7 +102,7 @@ def size_pool(
     if wish.max_model_len is not None:
         raise SizingError(
             f"one sequence of {length:,} tokens needs {one_sequence:,} blocks ({format_bytes(one_sequence * block_bytes)}), "
-            f"the KV cache has {blocks:,} ({format_bytes(blocks * block_bytes)}): lower --max-model-len or raise --kv-memory-gib"
+            f"the KV cache has {blocks:,} ({format_bytes(blocks * block_bytes)}): lower --max-model-len or give it more"
         )
     return PoolSize(blocks, block_size, bytes_per_token, blocks * block_size, lowered_from=length)
 
@@ -118,8 +119,7 @@ def format_bytes(count: int) -> str:
 def available_memory(root: Path = Path("/")) -> int:
     """Bytes that this process may still take before something is killed: the system's MemAvailable, and what the limits of
     its control groups (version 1 or 2, and their parents) leave. `root` is where proc and sys are found."""
-    amounts = [_mem_available(root), *_left_in_cgroups(root)]
-    return max(0, min(amount for amount in amounts if amount is not None))
+    return max(0, min(_mem_available(root), *_left_in_cgroups(root), sys.maxsize))
 
 
 def _mem_available(root: Path) -> int:

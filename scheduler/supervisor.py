@@ -22,7 +22,7 @@ from pathlib import Path
 import msgspec
 
 from scheduler.config import EngineConfig, ServeConfig
-from scheduler.errors import ModelNotFoundError
+from scheduler.errors import StartError
 from scheduler.frontend.config import FrontendConfig
 from scheduler.model_files import resolve
 from scheduler.process import SUPERVISOR_PID, log_to_stderr
@@ -33,10 +33,6 @@ _KILL_AFTER_S = 5.0  # a child that was asked to stop is killed after this
 _BACK_OFF_S = (0.2, 0.5, 1, 2, 5, 10, 30)  # before the n-th restart in a row
 _STEADY_S = 60  # a child that ran this long starts again at the first back-off
 _LOOPBACK = ("127.", "localhost", "::1")
-
-
-class StartError(Exception):
-    """The service can't start; the text is one line that says what to do."""
 
 
 @dataclass(slots=True)
@@ -97,10 +93,7 @@ class Supervisor:
 
     def __init__(self, config: ServeConfig) -> None:
         self.config = config
-        try:
-            self._model_dir = resolve(config.model, config.revision)
-        except ModelNotFoundError as error:
-            raise StartError(str(error)) from None
+        self._model_dir = resolve(config.model, config.revision)
         self._port = ReservedPort(config.host, config.port)
         self._folder = Path(tempfile.mkdtemp(prefix="carousel-"))  # mode 0700: the sockets are ours alone
         self._status, self._status_writer = os.pipe()

@@ -19,7 +19,7 @@ class Executor(Protocol):
     facts: WorkerFacts
 
     def reset(self) -> None:
-        """A new epoch begins: forget all sequences; the next plan is step 0. Results of the old epoch may still be delivered."""
+        """A new epoch: forget all sequences; the next plan is step 0. Results of the old one may still be delivered."""
 
     def submit(self, plan: StepPlan, deliver: Deliver) -> None:
         """Computes one step and hands its result, or why there is none, to `deliver`: once per plan, in the order of the

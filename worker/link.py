@@ -63,6 +63,7 @@ class Link:
             self._handover_out.send_multipart([b""])
 
     def close(self) -> None:
+        """After run() has returned and the executor is closed."""
         self._core.disable_monitor()
         self._context.destroy(linger=0)
 

@@ -5,7 +5,7 @@ Salmon, Moraes, Dror, Shaw: Parallel random numbers: as easy as 1, 2, 3 (SC 2011
 
 Carousel's use of it, which a device kernel must reproduce (tl.philox): the key is the request's 64-bit seed (low word, high
 word), the counter is (token_id // 4, position, output_index, 0), and token_id % 4 picks the word x of the four. From x:
-    u = ((x >> 9) + 1/2) · 2⁻²³      odd multiples of 2⁻²⁴ in (0, 1), each exact in float32 (24 bits and a half would round to 1)
+    u = ((x >> 9) + 1/2) · 2⁻²³      odd multiples of 2⁻²⁴, exact in float32 (with 24 bits the last would round to 1)
     gumbel = −log(−log(u))           in [GUMBEL_MIN, GUMBEL_MAX], float32
 """
 

@@ -63,7 +63,9 @@ class Sequences:
         rows, num_blocks = facts.max_batch_rows, facts.num_blocks
         # Memory of the two wide arrays is taken page by page, when it is first written.
         self.tokens: I32 = np.empty((rows, self.max_model_len), np.int32)  # [S, L]
-        self.block_tables: I32 = np.zeros((rows, -(-self.max_model_len // self.block_size)), np.int32)  # [S, W], 0 past num_blocks
+        self.block_tables: I32 = np.zeros(
+            (rows, -(-self.max_model_len // self.block_size)), np.int32
+        )  # [S, W], 0 past num_blocks
         self.num_blocks = np.zeros(rows, np.int64)
         self.num_tokens = np.zeros(rows, np.int64)  # known
         self.num_computed = np.zeros(rows, np.int64)  # of these, keys and values in the cache

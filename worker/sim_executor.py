@@ -8,15 +8,22 @@ scheduler tested with it is tested with a worker that forgives nothing and alway
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
+import os
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from kvcache.sizing import DEFAULT_CPU_BYTES, bytes_per_token, size_pool
 from wire.messages import I32, ResultHeader, StepPlan, StepResult, WorkerFacts
 from worker import philox
+from worker.config import ConfigError, WorkerConfig
 from worker.executor import Deliver, failure
 from worker.sequences import PlanError, Sequences, StepRows
 
@@ -53,7 +60,7 @@ class SimExecutor:
     def __init__(
         self,
         facts: WorkerFacts,
-        latency: Latency = Latency(),  # noqa: B008  (frozen)
+        latency: Latency = Latency(),
         end_chance: float = 0.0,
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
@@ -63,6 +70,37 @@ class SimExecutor:
         self._end_below = np.uint64(round(end_chance * 2**32))
         self._sequences = Sequences(facts)
         self._prompt_hash = np.zeros(facts.max_batch_rows, np.uint64)
+
+    @staticmethod
+    def of(config: WorkerConfig, model_dir: Path | None) -> SimExecutor:
+        """As told by a worker's options, with the shape of the model in `model_dir` if there is one."""
+        shape = _shape_of(model_dir) if model_dir is not None else _Shape(vocab_size=config.sim.vocab_size)
+        pool = size_pool(
+            bytes_per_token=shape.kv_bytes_per_token,
+            block_size=config.block_size,
+            model_len=shape.max_model_len,
+            max_batch_rows=config.max_batch_rows,
+            available_bytes=sys.maxsize,  # nothing is stored
+            share=1.0,
+            default_bytes=DEFAULT_CPU_BYTES,
+            wish=config.wish,
+        )
+        facts = sim_facts(
+            vocab_size=shape.vocab_size,
+            max_model_len=pool.max_model_len,
+            block_size=pool.block_size,
+            num_blocks=pool.num_blocks,
+            max_batch_rows=config.max_batch_rows,
+            max_step_tokens=config.max_step_tokens,
+            kv_bytes_per_token=pool.bytes_per_token,
+            architecture=shape.architecture,
+            dtype=shape.dtype,
+            pid=os.getpid(),
+            description=f"simulated {shape.architecture}, no model; KV cache {pool}",
+        )
+        sim = config.sim
+        latency = Latency(sim.base_ns, sim.per_row_ns, sim.per_token_ns, sim.per_context_token_ns)
+        return SimExecutor(facts, latency, sim.end_chance)
 
     def reset(self) -> None:
         self._sequences.reset()
@@ -124,6 +162,44 @@ class SimExecutor:
         return max(wanted, time.perf_counter_ns() - began)
 
 
+@dataclass(frozen=True, slots=True)
+class _Shape:
+    """What of a model shows in facts; the defaults are a small Llama's."""
+
+    vocab_size: int = 32_000
+    max_model_len: int = 4_096
+    kv_bytes_per_token: int = 131_072
+    architecture: str = "model"
+    dtype: str = "none"
+
+
+def _shape_of(model_dir: Path) -> _Shape:
+    """Read loosely from config.json: nothing is computed with it."""
+    path = model_dir / "config.json"
+    try:
+        return _parse_shape(json.loads(path.read_text()))
+    except OSError as error:
+        raise ConfigError(f"{path}: {error.strerror}") from None
+    except KeyError as error:
+        raise ConfigError(f"{path}: {error} is missing") from None
+    except (TypeError, ValueError, AttributeError):
+        raise ConfigError(f"{path} is not a model's configuration") from None
+
+
+def _parse_shape(config: dict[str, Any]) -> _Shape:
+    heads = config["num_attention_heads"]
+    head_dim = config.get("head_dim") or config["hidden_size"] // heads
+    dtype = config.get("dtype") or config.get("torch_dtype") or "float32"
+    kv_heads = config.get("num_key_value_heads") or heads
+    return _Shape(
+        vocab_size=config["vocab_size"],
+        max_model_len=config.get("max_position_embeddings", _Shape().max_model_len),
+        kv_bytes_per_token=bytes_per_token(config["num_hidden_layers"], kv_heads, head_dim, 4 if dtype == "float32" else 2),
+        architecture=config.get("architectures", ["model"])[0],
+        dtype=dtype,
+    )
+
+
 def sim_facts(
     *,
     vocab_size: int = 32_000,
@@ -133,16 +209,16 @@ def sim_facts(
     max_batch_rows: int = 64,
     max_step_tokens: int = 512,
     kv_bytes_per_token: int = 131_072,
-    num_parameters: int = 0,
-    architecture: str = "sim",
+    architecture: str = "model",
     dtype: str = "none",
     pid: int = 0,
+    description: str = "simulated model",
 ) -> WorkerFacts:
-    """Facts of a simulated worker; the defaults are a small Llama's."""
+    """Facts of a simulated worker."""
     return WorkerFacts(
         device="sim",
         pid=pid,
-        description="simulated worker, no model",
+        description=description,
         architecture=architecture,
         dtype=dtype,
         vocab_size=vocab_size,
@@ -150,8 +226,7 @@ def sim_facts(
         block_size=block_size,
         num_blocks=num_blocks,
         kv_bytes_per_token=kv_bytes_per_token,
-        num_parameters=num_parameters,
+        num_parameters=0,
         max_batch_rows=max_batch_rows,
         max_step_tokens=max_step_tokens,
     )
-

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from kvcache.block_table import Slots
 from kvcache.manager import KVCacheManager
 from scheduler.core import policies
 from scheduler.core.config import CoreConfig
@@ -34,7 +35,7 @@ from wire import (
     TokenBatchHeader,
     WorkerFacts,
 )
-from wire.messages import I32, U16
+from wire.messages import I32
 
 PIPELINE_DEPTH = 2
 _REMEMBERED_IDS = 10_000  # ended requests that Cancel still knows
@@ -61,7 +62,7 @@ class InFlight:
     step_id: int
     planned_ns: int
     plan: StepPlan
-    sampled: U16  # slots that sample, in the order of the plan's rows
+    sampled: Slots  # slots that sample, in the order of the plan's rows
     held_blocks: int
     kv_tokens: int
     num_waiting: int
@@ -110,14 +111,14 @@ class Core:
         self._end_times: deque[int] = deque(maxlen=64)
         self._next_sequence_id = 0
         self._next_step = 0
-        self._last_plan_ns = 0
-        self._now = 0
+        self._now = 0  # of the plan being made
+        self._kv_tokens = 0  # computed tokens of all that run, counting plans in flight
         self._emitted = _Emitted()
         self._starts: list[int] = []  # slots admitted for the plan being made
-        self._grown: list[tuple[U16, I32]] = []  # blocks appended for the plan being made
+        self._grown: list[tuple[Slots, I32]] = []  # blocks appended for the plan being made
         self._ended: list[int] = []  # slots that the worker may forget with the next plan
         self._retiring: list[int] = []  # slots that left, until their last plan has returned
-        self._new_epoch(config.max_batch_rows, 1, 1)
+        self._new_epoch(config.max_batch_rows, 1, 1, 1)
 
     # ------------------------------------------------------------------------------------------------ requests
 
@@ -177,16 +178,19 @@ class Core:
     def worker_joined(self, facts: WorkerFacts, now: int) -> list[Output]:
         """A worker with an empty mirror is there: a new epoch begins, and steps count from 0 again."""
         self._lose_worker(now)
+        other_model = self.facts is not None and self.facts.vocab_size != facts.vocab_size
         self.facts = facts
         self.connected = True
         self.epoch += 1
         self.token_budget = min(self.config.max_step_tokens, facts.max_step_tokens)
         rows = min(self.config.max_batch_rows, facts.max_batch_rows, self.token_budget)  # every row can decode in every step
         self.static_batch_size = min(self.config.static_batch_size or rows, rows)
-        self._new_epoch(rows, facts.num_blocks, facts.block_size)
-        for request in list(self._requests.values()):  # a smaller pool than the last worker's can be too small for some
+        self._new_epoch(rows, facts.num_blocks, facts.block_size, facts.vocab_size)
+        for request in list(self._requests.values()):  # accepted on the last worker's word
             room = self._max_outputs(request.num_prompt_tokens, request.max_outputs)
-            if room > len(request.outputs) and not request.header.max_tokens:
+            if other_model:
+                self._end(request, EndReason.ERROR, now, message="the new worker has another model")
+            elif room > len(request.outputs) and not request.header.max_tokens:
                 request.max_outputs = room
             elif room < request.max_outputs:
                 self._end(request, EndReason.ERROR, now, message="the new worker's KV cache is too small for this request")
@@ -236,7 +240,6 @@ class Core:
         """The next step, or None when there is nothing to compute yet or the pipeline is full."""
         if not self.connected or len(self.in_flight) >= PIPELINE_DEPTH:
             return None
-        self._account_blocks(now)
         self._now = now
         selection = self.policy.select(self)
         if not len(selection.slots) and not len(selection.padding):
@@ -245,6 +248,8 @@ class Core:
 
     def apply(self, result: StepResult, now: int) -> list[Output]:
         """The result of the oldest plan in flight. Raises ProtocolError when it does not fit that plan."""
+        if result.header.group != self.config.group:
+            raise ProtocolError(f"result of group {result.header.group}, this is group {self.config.group}")
         if result.header.epoch != self.epoch or not self.connected:
             return []  # late words of a worker that was given up
         if not self.in_flight or result.header.step_id != self.in_flight[0].step_id:
@@ -263,37 +268,37 @@ class Core:
 
     # ----------------------------------------------------------------------------- the batch, as policies see it
 
-    def running(self) -> U16:
+    def running(self) -> Slots:
         order = self.rows.in_order()
-        open_ = (self.rows.state[order] == RUNNING) & (self.rows.num_planned[order] < self.rows.max_outputs[order])
-        slots: U16 = order[open_]
-        return slots
+        return order[self.rows.num_tokens[order] < self.rows.max_tokens[order]]
 
-    def padding(self) -> U16:
+    def padding(self) -> Slots:
         order = self.rows.in_order()
-        slots: U16 = order[self.rows.state[order] == PADDING]
-        return slots
+        return order[self.rows.state[order] == PADDING]
 
     def anyone_unfinished(self) -> bool:
         order = self.rows.in_order()
         return bool((self.rows.state[order] == RUNNING).any())
 
-    def missing(self, slots: U16) -> I32:
+    def missing(self, slots: Slots) -> I32:
         return self.rows.num_tokens[slots] - self.rows.num_computed[slots]
 
-    def with_blocks(self, slots: U16) -> U16:
-        full = self.kv.full(slots, self.rows.num_computed[slots])
-        if not full.any():
-            return slots
-        pool = self.kv.pool
-        while int(full.sum()) > pool.num_free + pool.num_retiring:
-            victim = int(self.rows.in_order()[-1])
+    def with_blocks(self, slots: Slots) -> Slots:
+        rows, pool = self.rows, self.kv.pool
+        full = self.kv.full(slots, rows.num_computed[slots])
+        while np.count_nonzero(full) > pool.num_free + pool.num_retiring:
+            victim = int(rows.in_order()[-1])
             self._preempt(victim, self._now)
             full, slots = full[slots != victim], slots[slots != victim]
-        wanting = slots[full][: pool.num_free]
-        self._grown.append((wanting, self.kv.grow(wanting)))
+        wanting = slots[full]
+        growing = wanting[: pool.num_free]
+        if len(growing):
+            self._grown.append((growing, self.kv.grow(growing)))
+            rows.grown_ns[growing] += self._now - rows.started_ns[growing]
+        if len(growing) == len(wanting):
+            return slots
         served = ~full
-        served[np.flatnonzero(full)[: len(wanting)]] = True
+        served[np.flatnonzero(full)[: len(growing)]] = True
         return slots[served]
 
     def admit(self, reserve_outputs: bool) -> int | None:
@@ -301,12 +306,13 @@ class Core:
         if request is None or request.slot >= 0 or not self.rows.num_free:
             return None
         num_tokens = request.num_prompt_tokens + (request.max_outputs - 1 if reserve_outputs else len(request.outputs))
-        spare = max(1, self.kv.pool.num_blocks // _WATERMARK) if len(self.rows.in_order()) else 0
+        growing = len(self.rows.in_order()) and not reserve_outputs
+        spare = max(1, self.kv.pool.num_blocks // _WATERMARK) if growing else 0
         if self.kv.blocks_for(num_tokens) + spare > self.kv.pool.num_free:
             return None
         self.queue.remove(request)
         request.become(State.RUNNING)
-        slot = self.rows.start(request)
+        slot = self.rows.start(request, self._now)
         self.kv.start(slot, num_tokens)
         self._starts.append(slot)
         if request.admitted_ns < 0:
@@ -338,7 +344,7 @@ class Core:
             held_blocks=pool.num_held,
             retiring_blocks=pool.num_retiring,
             cached_blocks=0,
-            kv_tokens=self._kv_tokens(),
+            kv_tokens=self._kv_tokens,
             steps=counters.steps,
             output_tokens=counters.output_tokens,
             accepted_requests=counters.accepted,
@@ -355,7 +361,7 @@ class Core:
     def check_invariants(self) -> None:
         """Raises AssertionError when blocks, rows and requests contradict one another."""
         self.kv.check_invariants()
-        rows = self.rows
+        rows, kv_tokens = self.rows, 0
         for slot in range(rows.max_rows):
             request, state = rows.requests[slot], int(rows.state[slot])
             assert (request is None) == (state == 0), f"slot {slot}"
@@ -364,11 +370,13 @@ class Core:
                 expected = State.RUNNING if state == RUNNING else State.PREEMPTED
                 assert request.slot == slot and request.state == expected, f"slot {slot}"
             if state == RUNNING and request is not None:
+                kv_tokens += int(rows.num_computed[slot])
                 room = int(self.kv.tables.num_blocks[slot]) * self.kv.block_size
                 assert rows.num_computed[slot] <= min(room, int(rows.num_tokens[slot])), f"slot {slot} computed too much"
-                planned = int(rows.num_planned[slot])
-                assert rows.num_tokens[slot] == request.num_prompt_tokens + planned, f"slot {slot} miscounts tokens"
+                planned = int(rows.num_tokens[slot]) - request.num_prompt_tokens  # output tokens arrived or in flight
                 assert rows.num_outputs[slot] <= planned <= rows.max_outputs[slot], f"slot {slot} miscounts outputs"
+                assert rows.max_tokens[slot] == request.num_prompt_tokens + request.max_outputs, f"slot {slot}"
+        assert kv_tokens == self._kv_tokens, "computed tokens are miscounted"
         for request in self._requests.values():
             assert (request in self.queue) == (request.state in (State.WAITING, State.PREEMPTED)), request.request_id
         assert len(self._requests) == len(self._by_handle)
@@ -376,18 +384,17 @@ class Core:
     # ------------------------------------------------------------------------------------------------ plan, inside
 
     def _build(self, selection: Selection, now: int) -> StepPlan:
-        rows, slots = self.rows, selection.slots
-        grown = self._grown
+        rows, slots, grown = self.rows, selection.slots, self._grown
         starts = [self._start_of(slot) for slot in self._starts]
         plan = StepPlan(
             PlanHeader(self.config.group, self.epoch, self._next_step, tuple(starts)),
             num_tokens=selection.num_tokens,
-            slots=slots,
-            padding=selection.padding,
+            slots=slots.astype(np.uint16),
+            padding=selection.padding.astype(np.uint16),
             ended=np.array(self._ended, np.uint16),
         )
         if grown:
-            plan.grow_slots = np.concatenate([slots for slots, _ in grown])
+            plan.grow_slots = np.concatenate([slots for slots, _ in grown]).astype(np.uint16)
             plan.grow_blocks = np.concatenate([blocks for _, blocks in grown])
         if starts:
             requests = [rows.requests[slot] for slot in self._starts]
@@ -395,12 +402,14 @@ class Core:
             plan.start_blocks = np.concatenate([self.kv.tables.row(slot) for slot in self._starts])
             rows.last_step[self._starts] = self._next_step  # also of those that have to wait for the budget
         assert len(slots) + len(selection.padding) <= rows.max_rows
-        assert int(selection.num_tokens.sum()) <= self.token_budget
+        num_tokens = int(selection.num_tokens.sum())
+        assert num_tokens <= self.token_budget
 
-        rows.num_computed[slots] += selection.num_tokens
-        sampled = slots[rows.num_computed[slots] == rows.num_tokens[slots]]
+        computed = rows.num_computed[slots] + selection.num_tokens
+        sampled = slots[computed == rows.num_tokens[slots]]
+        rows.num_computed[slots] = computed
         rows.num_tokens[sampled] += 1
-        rows.num_planned[sampled] += 1
+        self._kv_tokens += num_tokens
         rows.last_step[slots] = self._next_step
         rows.last_step[selection.padding] = self._next_step
         self.in_flight.append(
@@ -410,7 +419,7 @@ class Core:
                 plan=plan,
                 sampled=sampled,
                 held_blocks=self.kv.pool.num_held,
-                kv_tokens=self._kv_tokens(),
+                kv_tokens=self._kv_tokens,
                 num_waiting=len(self.queue),
             )
         )
@@ -433,17 +442,6 @@ class Core:
             sampling=request.header.sampling,
         )
 
-    def _account_blocks(self, now: int) -> None:
-        """Charges the blocks held since the last plan to the rows that held them."""
-        order = self.rows.in_order()
-        self.rows.block_ns[order] += self.kv.tables.num_blocks[order].astype(np.int64) * max(0, now - self._last_plan_ns)
-        self._last_plan_ns = now
-
-    def _block_ns(self, slot: int, now: int) -> int:
-        """What the row has held so far, in blocks × nanoseconds."""
-        since_plan = int(self.kv.tables.num_blocks[slot]) * max(0, now - self._last_plan_ns)
-        return int(self.rows.block_ns[slot]) + since_plan
-
     def _preempt(self, slot: int, now: int) -> Request:
         """Recompute later: the request keeps its tokens, its row and blocks go. Back to the head of its class."""
         request = self.rows.requests[slot]
@@ -452,28 +450,32 @@ class Core:
         request.preemptions += 1
         request.preempted_since_ns = now
         request.recomputed_tokens += int(self.rows.num_computed[slot])
-        self.rows.block_ns[slot] = self._block_ns(slot, now)
         self.counters.preemptions += 1
-        if slot in self._starts:  # admitted in this very step: the worker never heard of it
-            self._starts.remove(slot)
         self._note_leave(request, "preempted")
         self.queue.push_front(request)
+        self._stop_running(request, now)
         self._leave(slot, PREEMPTED)
         return request
 
+    def _stop_running(self, request: Request, now: int) -> None:
+        """Closes the books of the row: its blocks × nanoseconds, and the tokens that counted as held for somebody."""
+        rows, slot = self.rows, request.slot
+        held_ns = int(self.kv.tables.num_blocks[slot]) * (now - int(rows.started_ns[slot])) - int(rows.grown_ns[slot])
+        request.block_ns += max(0, held_ns)
+        self._kv_tokens -= int(rows.num_computed[slot])
+
     # ----------------------------------------------------------------------------------------------- apply, inside
 
-    def _take_tokens(self, slots: U16, tokens: I32, now: int) -> None:
+    def _take_tokens(self, slots: Slots, tokens: I32, now: int) -> None:
         rows = self.rows
         state = rows.state[slots]
         live = (state == RUNNING) | (state == PREEMPTED)
         slots, tokens = slots[live], tokens[live]
         if not len(slots):
             return
-        rows.append_outputs(slots, tokens)
+        counts = rows.append_outputs(slots, tokens)
         self.counters.output_tokens += len(slots)
         self._emit_tokens(slots, tokens)
-        counts = rows.num_outputs[slots]
         for slot in slots[counts == 1].tolist():
             request = rows.requests[slot]
             assert request is not None
@@ -488,11 +490,11 @@ class Core:
             else:
                 self._end(request, EndReason.LENGTH, now)
 
-    def _emit_tokens(self, slots: U16, tokens: I32) -> None:
-        frontends = self.rows.frontend[slots]
-        for frontend in np.unique(frontends).tolist():
+    def _emit_tokens(self, slots: Slots, tokens: I32) -> None:
+        frontends, handles = self.rows.frontend[slots], self.rows.handle[slots]
+        for frontend in np.flatnonzero(np.bincount(frontends)).tolist():
             mine = frontends == frontend
-            self._emitted.tokens[frontend] = (self.rows.handle[slots[mine]], tokens[mine])
+            self._emitted.tokens[frontend] = (handles[mine], tokens[mine])
 
     def _end(
         self,
@@ -508,12 +510,10 @@ class Core:
         slot, rows = request.slot, self.rows
         num_arrived = int(rows.num_outputs[slot]) if slot >= 0 else len(request.outputs)
         num_outputs = num_arrived if num_outputs is None else min(num_outputs, num_arrived)
-        if slot >= 0:
-            request.block_ns += self._block_ns(slot, now)
         if request.state is State.RUNNING:
-            keep = self.policy.keeps_ended_rows and reason in (EndReason.STOP, EndReason.LENGTH)
-            if keep:
-                rows.state[slot] = PADDING
+            self._stop_running(request, now)
+            if self.policy.keeps_ended_rows and reason in (EndReason.STOP, EndReason.LENGTH):
+                rows.pad(slot)
             else:
                 self._leave(slot, RETIRING)
         else:
@@ -541,10 +541,10 @@ class Core:
         """The row is in no plan from now on."""
         returned = self._returned_step()
         last = int(self.rows.last_step[slot])
+        assert last >= 0, "a row left before any plan named it"
         self.kv.release(slot, last, returned)
         self.rows.leave(slot, state)
-        if last >= 0:
-            self._ended.append(slot)
+        self._ended.append(slot)
         if last <= returned:
             self._free_slot(slot)
         else:
@@ -562,7 +562,6 @@ class Core:
         request = self.rows.free(slot)
         if was_preempted:
             request.outputs = outputs
-            request.block_ns += int(self.rows.block_ns[slot])
         request.slot = -1
 
     def _returned_step(self) -> int:
@@ -627,10 +626,6 @@ class Core:
         per_request = (self._end_times[-1] - self._end_times[0]) // (len(self._end_times) - 1)
         return min(max(per_request, _SECOND // 100), 60 * _SECOND)
 
-    def _kv_tokens(self) -> int:
-        order = self.rows.in_order()
-        return int(self.rows.num_computed[order[self.rows.state[order] == RUNNING]].sum())
-
     def _note_leave(self, request: Request, reason: str) -> None:
         if len(self.leaves) < 10_000:
             self.leaves.append((request.request_id, reason))
@@ -645,8 +640,8 @@ class Core:
             outputs.append(Output(frontend, batch))
         return outputs
 
-    def _new_epoch(self, max_rows: int, num_blocks: int, block_size: int) -> None:
-        self.rows = Rows(max_rows)
+    def _new_epoch(self, max_rows: int, num_blocks: int, block_size: int, vocab_size: int) -> None:
+        self.rows = Rows(max_rows, vocab_size)
         self.kv = KVCacheManager(num_blocks, block_size, max_rows)
         self.in_flight.clear()
         self._next_step = 0

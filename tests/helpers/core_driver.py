@@ -37,11 +37,15 @@ class Tracked:
     request_id: str
     sequence_id: int  # counts up per accepted request
     prompt: list[int]
+    max_tokens: int  # as asked; 0: no limit of its own
+    max_outputs: int  # what the model's length and the pool leave of it
     sampling: SamplingSpec
     expected: list[int]
     got: list[int] = field(default_factory=list)
     end: OutputEnded | None = None
     gone: bool = False  # its front end is lost: nothing is heard of it
+    crashes: int = 0  # failed steps and lost workers while it ran
+    doomed: bool = False  # must end with ERROR
     truncated_to: int | None = None
 
     @property
@@ -88,9 +92,10 @@ class CoreDriver:
             self.num_refused += 1
             self.check()
             return refused
-        room = min(self.facts.max_model_len, self.facts.num_blocks * self.facts.block_size + 1) - len(prompt)
-        expected = undisturbed(prompt, min(max_tokens or room, room), self.facts.vocab_size, sampling)
-        tracked = Tracked(frontend, handle, request_id, len(self.requests), list(prompt), sampling, expected)
+        room = self._room(max_tokens, len(prompt))
+        expected = undisturbed(prompt, room, self.facts.vocab_size, sampling)
+        sequence_id = len(self.requests)
+        tracked = Tracked(frontend, handle, request_id, sequence_id, list(prompt), max_tokens, room, sampling, expected)
         self.requests.append(tracked)
         self.check()
         return tracked
@@ -126,11 +131,19 @@ class CoreDriver:
     def joined(self, facts: WorkerFacts | None = None) -> None:
         """A worker with an empty mirror has come; the one before, if any, is gone."""
         self.facts = facts or self.facts
+        self._count_crashes()
+        for request in self._alive():
+            room = self._room(request.max_outputs, len(request.prompt))
+            if request.max_tokens == 0 and room > len(request.got):
+                request.max_outputs, request.expected = room, request.expected[:room]
+            elif room < request.max_outputs:
+                request.doomed = True
         outputs = self.core.worker_joined(self.facts, self._pass_time())
         self.worker = FakeWorker(self.facts, self.core.epoch)
         self._hear(outputs)
 
     def lost(self) -> None:
+        self._count_crashes()
         self.worker = None
         self._hear(self.core.worker_lost(self._pass_time()))
 
@@ -139,7 +152,7 @@ class CoreDriver:
         assert self.worker is not None
         failed = self.worker.fail()
         assert (failed.epoch, failed.step_id) == (self.core.epoch, self.core.in_flight[0].step_id)
-        self._hear(self.core.worker_lost(self._pass_time()))
+        self.lost()
         self.joined()
 
     def plan(self) -> StepPlan | None:
@@ -195,10 +208,21 @@ class CoreDriver:
         if not any(request.gone for request in self.requests):
             assert load.output_tokens == sum(len(request.got) for request in self.requests)
 
-    def slots_of(self, plan: StepPlan) -> list[str]:
-        """The request ids of a plan's rows, in its order. Only right after the plan was made."""
+    def next_rows(self) -> dict[str, int]:
+        """Makes the next plan: how many tokens each request computes in it, in the plan's order. Nothing: no plan."""
+        plan = self.plan()
+        if plan is None:
+            return {}
+        return dict(zip(self._names(plan.slots.tolist()), plan.num_tokens.tolist(), strict=True))
+
+    def next_padding(self) -> list[str]:
+        """Makes the next plan: whose rows are padding in it."""
+        plan = self.plan()
+        return self._names(plan.padding.tolist()) if plan is not None else []
+
+    def _names(self, slots: Sequence[int]) -> list[str]:
         assert self.worker is not None
-        return [self.requests[self.worker.sequences[slot].start.sequence_id].request_id for slot in plan.slots.tolist()]
+        return [self.requests[self.worker.sequences[slot].start.sequence_id].request_id for slot in slots]
 
     # -------------------------------------------------------------------------------------------------------- laws
 
@@ -208,7 +232,8 @@ class CoreDriver:
         core.check_invariants()
         assert len(core.in_flight) <= PIPELINE_DEPTH
         assert load.free_blocks + load.held_blocks + load.retiring_blocks + load.cached_blocks == load.total_blocks
-        alive = [request for request in self.requests if not request.over]
+        alive = self._alive()
+        assert not any(request.doomed for request in alive)
         assert load.running_requests + load.waiting_requests == len(alive) == core.num_requests
         assert load.accepted_requests == len(self.requests) and load.refused_requests == self.num_refused
         assert load.finished_requests + load.cancelled_requests == len(self.requests) - len(alive)
@@ -236,6 +261,24 @@ class CoreDriver:
 
     # ----------------------------------------------------------------------------------------------------- outputs
 
+    def _alive(self) -> list[Tracked]:
+        return [request for request in self.requests if not request.over]
+
+    def _room(self, max_tokens: int, num_prompt: int) -> int:
+        room = min(self.facts.max_model_len, self.facts.num_blocks * self.facts.block_size + 1) - num_prompt
+        return min(max_tokens or room, room)
+
+    def _count_crashes(self) -> None:
+        """The worker is given up: whoever runs has a crash more, and too many are the end."""
+        if self.worker is None:
+            return
+        core = self.core
+        for slot in core.rows.in_order().tolist():
+            request = self.requests[core.rows.requests[slot].sequence_id]
+            if not request.over:
+                request.crashes += 1
+                request.doomed |= request.crashes > core.config.max_crashes
+
     def _pass_time(self) -> int:
         self.now += self.tick
         return self.now
@@ -247,12 +290,12 @@ class CoreDriver:
             handles = batch.handles.tolist()
             assert len(set(handles)) == len(handles) == len(batch.tokens), "at most one token per handle"
             for handle, token in zip(handles, batch.tokens.tolist(), strict=True):
-                self._hear_token(self._alive(output.frontend, handle), token)
+                self._hear_token(self._waiting_for(output.frontend, handle), token)
             for end in batch.header.ended:
-                self._hear_end(self._alive(output.frontend, end.handle), end)
+                self._hear_end(self._waiting_for(output.frontend, end.handle), end)
         self.check()
 
-    def _alive(self, frontend: int, handle: int) -> Tracked:
+    def _waiting_for(self, frontend: int, handle: int) -> Tracked:
         found = [r for r in self.requests if (r.frontend, r.handle) == (frontend, handle) and not r.over]
         assert len(found) == 1, f"words for handle {handle} of front end {frontend}, which nobody waits for"
         return found[0]
@@ -264,6 +307,7 @@ class CoreDriver:
 
     def _hear_end(self, request: Tracked, end: OutputEnded) -> None:
         request.end = end
+        assert request.doomed == (end.reason is EndReason.ERROR)
         stats, got = end.stats, len(request.got)
         stop = request.got[-1] if got and request.got[-1] in request.sampling.stop_token_ids else -1
         if end.reason is EndReason.STOP and request.truncated_to is not None:

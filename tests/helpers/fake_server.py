@@ -90,7 +90,8 @@ class FakeServer(generation_pb2_grpc.GenerationServicer, control_pb2_grpc.Contro
         self.cancel_outcome = generation_pb2.CANCEL_OUTCOME_CANCELLED
         self.steps: list[inspect_pb2.WatchStepsResponse] = []
         self.health = health.HealthServicer()
-        self._server = grpc.server(ThreadPoolExecutor(32), options=[("grpc.so_reuseport", 0)])
+        options = [("grpc.so_reuseport", 0), ("grpc.max_receive_message_length", 64 << 20)]
+        self._server = grpc.server(ThreadPoolExecutor(32), options=options)
         generation_pb2_grpc.add_GenerationServicer_to_server(self, self._server)
         control_pb2_grpc.add_ControlServicer_to_server(self, self._server)
         inspect_pb2_grpc.add_InspectServicer_to_server(self, self._server)

@@ -48,18 +48,18 @@ def worker_facts(
     )
 
 
-def prefix_hashes(tokens: Iterable[int]) -> list[int]:
+def prefix_hashes(tokens: Iterable[int], before: int = 1) -> list[int]:
     """One number per position, which depends on all tokens up to it and on their order: our keys and values."""
-    hashes, value = [], 1
+    hashes, value = [], before
     for token in tokens:
         value = (value * 1_000_003 + token + 1) % _MODULUS
         hashes.append(value)
     return hashes
 
 
-def next_token(tokens: Sequence[int], vocab_size: int, sampling: SamplingSpec, num_outputs: int) -> int:
-    """The token after `tokens`, of which the last `num_outputs` are outputs. End tokens are masked before min_tokens."""
-    token = prefix_hashes(tokens)[-1] % vocab_size
+def next_token(prefix_hash: int, vocab_size: int, sampling: SamplingSpec, num_outputs: int) -> int:
+    """The token after this prefix, of which the last `num_outputs` are outputs. End tokens are masked before min_tokens."""
+    token = prefix_hash % vocab_size
     if num_outputs < sampling.min_tokens:
         while token in sampling.stop_token_ids:
             token = (token + 1) % vocab_size
@@ -68,12 +68,14 @@ def next_token(tokens: Sequence[int], vocab_size: int, sampling: SamplingSpec, n
 
 def undisturbed(prompt: Sequence[int], max_outputs: int, vocab_size: int, sampling: SamplingSpec = GREEDY) -> list[int]:
     """The outputs of a request that runs alone, without cache, batch or interruption, end token included."""
-    tokens = list(prompt)
-    while len(tokens) - len(prompt) < max_outputs:
-        tokens.append(next_token(tokens, vocab_size, sampling, len(tokens) - len(prompt)))
-        if tokens[-1] in sampling.stop_token_ids:
+    outputs: list[int] = []
+    prefix = prefix_hashes(prompt)[-1]
+    while len(outputs) < max_outputs:
+        outputs.append(next_token(prefix, vocab_size, sampling, len(outputs)))
+        if outputs[-1] in sampling.stop_token_ids:
             break
-    return tokens[len(prompt) :]
+        prefix = prefix_hashes(outputs[-1:], prefix)[-1]
+    return outputs
 
 
 @dataclass(slots=True)
@@ -88,8 +90,7 @@ class Mirrored:
 
     def take(self, token: int) -> None:
         self.tokens.append(token)
-        last = self.hashes[-1]
-        self.hashes.append((last * 1_000_003 + token + 1) % _MODULUS)
+        self.hashes += prefix_hashes([token], self.hashes[-1])
 
 
 @dataclass(slots=True)
@@ -207,7 +208,7 @@ class FakeWorker:
             self._compute_row(slot, known, count)
             if known.num_computed == len(known.tokens):
                 num_outputs = len(known.tokens) - known.start.num_prompt_tokens
-                known.take(next_token(known.tokens, self.facts.vocab_size, known.start.sampling, num_outputs))
+                known.take(next_token(known.hashes[-1], self.facts.vocab_size, known.start.sampling, num_outputs))
                 sampled.append(slot)
         self.num_padding_rows += len(plan.padding)
         header = ResultHeader(self.group, self.epoch, plan.header.step_id, duration_ns=1000)

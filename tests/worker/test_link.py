@@ -89,8 +89,8 @@ def core(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Core]:
         link.stop()
         thread.join(20)
         assert not thread.is_alive()
-        link.close()
         executor.close()
+        link.close()
         core.context.destroy(linger=0)
 
 

@@ -87,8 +87,10 @@ def test_a_nucleus_wider_than_the_first_try_is_found_whole() -> None:
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 1.7])
-@pytest.mark.parametrize("top_k, top_p, min_p", [(0, 1.0, 0.1), (7, 1.0, 0.0), (0, 0.8, 0.0), (20, 0.9, 0.0), (0, 0.999, 0.001),
-                                                 (40, 0.95, 0.05), (1, 1.0, 0.0), (0, 0.001, 0.0), (900, 0.6, 0.2)])  # fmt: skip
+@pytest.mark.parametrize(
+    "top_k, top_p, min_p",
+    [(0, 1, 0.1), (7, 1, 0), (0, 0.8, 0), (20, 0.9, 0), (0, 0.999, 0.001), (40, 0.95, 0.05), (1, 1, 0), (0, 0.001, 0)],
+)
 def test_filters_keep_the_same_tokens_as_transformers(temperature: float, top_k: int, top_p: float, min_p: float) -> None:
     scores = logits(20, 1000, 3.0, seed=top_k)
     expected = TemperatureLogitsWarper(temperature)(None, scores.clone())
@@ -159,7 +161,9 @@ def test_tokens_are_drawn_with_the_probabilities_of_the_softmax(
     f + 3.09·√(2f) + 6."""
     count, vocab = 40_000, 30
     scores = logits(1, vocab, 1.0, seed=3)
-    parameters = rows(count, temperature, top_k, top_p, min_p, seed=np.arange(count) // 200 + 17, position=np.arange(count) % 200)
+    parameters = rows(
+        count, temperature, top_k, top_p, min_p, seed=np.arange(count) // 200 + 17, position=np.arange(count) % 200
+    )
     drawn = sample(scores.expand(count, vocab).clone(), parameters)
     kept = scores[0] / temperature
     keep_slowly(kept, top_k, top_p, min_p)

@@ -83,7 +83,9 @@ def test_a_vocabulary_of_stop_tokens_only_still_gives_tokens() -> None:
 
 def test_a_step_takes_the_time_of_the_formula() -> None:
     slept: list[float] = []
-    latency = Latency(base_ns=5_000_000_000, per_row_ns=1_000_000_000, per_token_ns=100_000_000, per_context_token_ns=10_000_000)
+    latency = Latency(
+        base_ns=5_000_000_000, per_row_ns=1_000_000_000, per_token_ns=100_000_000, per_context_token_ns=10_000_000
+    )
     executor, maker = SimExecutor(FACTS, latency, sleep=slept.append), PlanMaker(FACTS)
     maker.start(0, range(10))
     maker.start(1, range(4))

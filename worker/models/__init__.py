@@ -1,0 +1,63 @@
+"""Models: one architecture a file, the whole forward visible in it. This file knows their names and what they have in common."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from kvcache.storage import KVStorage
+from worker.attention.base import AttentionBackend, AttentionInputs
+from worker.model_config import ModelConfig
+from worker.models.llama import Llama
+from worker.models.opt import Opt
+from worker.models.qwen3 import Qwen3
+from worker.weights import Checkpoint, Weights
+
+
+class Model(Protocol):
+    """A causal language model over flat tokens: no batch dimension, rows one after the other as AttentionInputs says."""
+
+    num_parameters: int  # tied weights count once
+
+    def forward(
+        self,
+        input_ids_T: Tensor,
+        positions_T: Tensor,
+        attention: AttentionBackend,
+        kv: KVStorage,
+        inputs: AttentionInputs,
+    ) -> Tensor:
+        """Hidden states [T, hidden] after the last norm; the tokens' keys and values are in `kv` afterwards. Positions count
+        from 0 within the row; both are int32 or int64."""
+
+    def logits(self, hidden_NC: Tensor) -> Tensor:
+        """Logits [N, vocabulary] in float32 of those hidden states that the caller wants them of."""
+
+
+_MODELS: dict[str, type[Llama] | type[Qwen3] | type[Opt]] = {
+    "LlamaForCausalLM": Llama,
+    "Qwen3ForCausalLM": Qwen3,
+    "OPTForCausalLM": Opt,
+}
+
+
+def build(config: ModelConfig, weights: Weights) -> Model:
+    """The model of config.architecture, its weights taken from `weights` as it is put together."""
+    return _MODELS[config.architecture](config, weights)
+
+
+def load_model(
+    model_dir: Path, dtype: torch.dtype | None, device: torch.device | str, max_model_len: int | None
+) -> tuple[Model, ModelConfig]:
+    """Reads config.json and the safetensors files of a directory. dtype None: the checkpoint's own.
+
+    Raises ModelError (ModelConfigError, CheckpointError): one line naming the file and the tensor or setting.
+    """
+    config = ModelConfig.read(model_dir, max_model_len)
+    with Checkpoint(model_dir, device, dtype or config.dtype) as weights:
+        model = build(config, weights)
+        weights.check_all_taken()
+    return model, config

@@ -11,28 +11,29 @@ from typing import Protocol
 
 import numpy as np
 
-from wire.messages import I32, U16
+from kvcache.block_table import Slots
+from wire.messages import I32
 
 
 @dataclass(slots=True)
 class Selection:
     """What a step computes: num_tokens[i] tokens of slots[i]; padding rows compute their last token again."""
 
-    slots: U16
+    slots: Slots
     num_tokens: I32
-    padding: U16 = field(default_factory=lambda: np.empty(0, np.uint16))
+    padding: Slots = field(default_factory=lambda: np.empty(0, np.intp))
 
 
 class Batch(Protocol):
     """What a policy may ask and do."""
 
-    token_budget: int  # tokens of one step
+    token_budget: int  # tokens of one step, at least one for every row
     static_batch_size: int  # rows of a static batch
 
-    def running(self) -> U16:
+    def running(self) -> Slots:
         """Slots that have tokens to compute, by admission; not those whose last token is being sampled already."""
 
-    def padding(self) -> U16:
+    def padding(self) -> Slots:
         """Slots of ended requests that the policy keeps in the batch."""
 
     def anyone_unfinished(self) -> bool:
@@ -41,12 +42,13 @@ class Batch(Protocol):
     def is_empty(self) -> bool:
         """Whether no row is held, not even by what has left and waits for its last plan to return."""
 
-    def missing(self, slots: U16) -> I32:
+    def missing(self, slots: Slots) -> I32:
         """Tokens known and not computed yet: 1 for a decode, more for a prompt."""
 
-    def with_blocks(self, slots: U16) -> U16:
+    def with_blocks(self, slots: Slots) -> Slots:
         """Those of `slots` (by admission) that have a block for their next token, after giving out free ones in that order.
-        When they do not suffice, the request admitted last is preempted, and again, until they will."""
+        When they do not suffice, the request admitted last is preempted, and again, until they will. To be asked before
+        `admit`: nobody is preempted in the step that admits him."""
 
     def admit(self, reserve_outputs: bool) -> int | None:
         """Takes the head of the queue into the batch with blocks for all its known tokens (and for all that it may yet

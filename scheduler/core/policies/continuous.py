@@ -17,25 +17,22 @@ class Continuous:
 
     def select(self, batch: Batch) -> Selection:
         running = batch.running()
-        missing = batch.missing(running)
-        decodes = batch.with_blocks(running[missing == 1])[: batch.token_budget]
+        decodes = batch.with_blocks(running[batch.missing(running) == 1])
+        slots, takes = [decodes], [np.ones(len(decodes), np.int32)]
         budget = batch.token_budget - len(decodes)
 
-        running = batch.running()  # some may have been preempted for the decodes' blocks
-        missing = batch.missing(running)
-        chunks, missing = running[missing > 1], missing[missing > 1]
-        takes = chunked(missing, budget)
-        chunks, takes = chunks[takes > 0], takes[takes > 0]
-        budget -= int(takes.sum())
+        if len(decodes) < len(running):
+            running = batch.running()  # some may have been preempted for the decodes' blocks
+            missing = batch.missing(running)
+            prompts = missing > 1
+            chunks = chunked(missing[prompts], budget)
+            slots.append(running[prompts][chunks > 0])
+            takes.append(chunks[chunks > 0])
+            budget -= int(chunks.sum())
 
-        new: list[int] = []
-        new_takes: list[int] = []
         while budget > 0 and (slot := batch.admit(reserve_outputs=False)) is not None:
-            take = min(budget, int(batch.missing(np.array([slot], np.uint16))[0]))
-            new.append(slot)
-            new_takes.append(take)
-            budget -= take
-        return Selection(
-            np.concatenate([decodes, chunks, np.array(new, np.uint16)]).astype(np.uint16),
-            np.concatenate([np.ones(len(decodes), np.int32), takes, np.array(new_takes, np.int32)]).astype(np.int32),
-        )
+            new = np.array([slot])
+            slots.append(new)
+            takes.append(np.minimum(batch.missing(new), budget))
+            budget -= int(takes[-1][0])
+        return Selection(np.concatenate(slots), np.concatenate(takes))

@@ -28,8 +28,7 @@ class Static:
         if prompts.any():
             takes = chunked(missing[prompts], batch.token_budget)
             return Selection(running[prompts][takes > 0], takes[takes > 0])
-        decodes = running[: batch.token_budget]
-        return Selection(decodes, np.ones(len(decodes), np.int32), batch.padding())
+        return Selection(running, np.ones(len(running), np.int32), batch.padding())
 
     def _admit_batch(self, batch: Batch) -> None:
         for _ in range(batch.static_batch_size):

@@ -1,0 +1,85 @@
+"""The gRPC server of a front end: its options, its services, its end. This package is the only place here that knows grpc."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+
+import grpc.aio
+from grpc_health.v1 import health_pb2, health_pb2_grpc  # type: ignore[import-untyped]
+from grpc_reflection.v1alpha import reflection  # type: ignore[import-untyped]
+
+from carousel.v1 import control_pb2, control_pb2_grpc, generation_pb2, generation_pb2_grpc, inspect_pb2, inspect_pb2_grpc
+from scheduler.errors import StartError
+from scheduler.frontend.config import FrontendConfig
+from scheduler.frontend.core_link import CoreLink
+from scheduler.frontend.defaults import ModelDefaults
+from scheduler.frontend.server.control import Control
+from scheduler.frontend.server.generation import Generation
+from scheduler.frontend.server.health import Health
+from scheduler.frontend.server.inspect import Inspect
+from scheduler.frontend.tokenizer import Tokenizer
+
+_SERVICES = tuple(
+    file.DESCRIPTOR.services_by_name[name].full_name
+    for file, name in ((generation_pb2, "Generation"), (control_pb2, "Control"), (inspect_pb2, "Inspect"))
+)
+_STOCK = (health_pb2.DESCRIPTOR.services_by_name["Health"].full_name, reflection.SERVICE_NAME)
+_LAST_WORDS_S = 0.2  # what a status that is just being sent gets, and calls that never end by themselves
+_POLL_S = 0.02
+
+
+class Server:
+    """Listens from `start` to `stop`."""
+
+    def __init__(self, config: FrontendConfig, link: CoreLink, tokenizer: Tokenizer, defaults: ModelDefaults) -> None:
+        self._config = config
+        self._generation = Generation(link, tokenizer, defaults, config.tokenizer_threads)
+        self._health = Health(link, _SERVICES)
+        self._server = grpc.aio.server(options=_options(config))
+        generation_pb2_grpc.add_GenerationServicer_to_server(self._generation, self._server)
+        control_pb2_grpc.add_ControlServicer_to_server(Control(link, defaults, config.served_model_name), self._server)
+        inspect_pb2_grpc.add_InspectServicer_to_server(Inspect(link), self._server)
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
+        reflection.enable_server_reflection((*_SERVICES, *_STOCK), self._server)
+        self._following: asyncio.Task[None] | None = None
+
+    async def start(self) -> int:
+        """Returns the port. Raises StartError."""
+        host = f"[{self._config.host}]" if ":" in self._config.host else self._config.host
+        try:
+            port = self._server.add_insecure_port(f"{host}:{self._config.port}")
+        except RuntimeError as error:
+            raise StartError(f"can't listen on {host}:{self._config.port}: {error}") from None
+        self._following = asyncio.create_task(self._health.follow())
+        await self._server.start()
+        return port
+
+    async def stop(self, grace_s: float) -> None:
+        """No new calls; streams of tokens get `grace_s` seconds to end, everything else ends with them."""
+        assert self._following is not None
+        self._following.cancel()
+        await self._health.enter_graceful_shutdown()
+        stopping = asyncio.create_task(self._server.stop(grace_s))
+        until = time.monotonic() + grace_s
+        while self._generation.num_active and time.monotonic() < until:
+            await asyncio.sleep(_POLL_S)
+        await self._server.stop(min(grace_s, _LAST_WORDS_S))
+        await stopping
+
+
+def _options(config: FrontendConfig) -> list[tuple[str, int]]:
+    return [
+        ("grpc.max_receive_message_length", config.max_message_bytes),
+        ("grpc.max_send_message_length", config.max_message_bytes),
+        ("grpc.so_reuseport", 1),  # front ends share the port
+        ("grpc.max_concurrent_streams", config.max_streams),
+        # Calls that arrived and were not taken up yet; the library's default sheds bursts of more than 1,000.
+        ("grpc.server.max_pending_requests", config.max_streams),
+        ("grpc.server.max_pending_requests_hard_limit", config.max_streams),
+        # A reader whose machine is gone is noticed within a minute; clients may ping every 10 s, also without calls.
+        ("grpc.keepalive_time_ms", 40_000),
+        ("grpc.keepalive_timeout_ms", 20_000),
+        ("grpc.keepalive_permit_without_calls", 1),
+        ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
+    ]

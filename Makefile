@@ -1,0 +1,84 @@
+# The ways in. Everything runs in .venv, made from constraints.txt on first use; nothing outside of it is changed.
+# Your pip settings (environment, pip.conf) hold. PYTHON=… chooses the interpreter that .venv is made with.
+
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.installed
+
+MODEL ?= demo/model
+HOST ?= 127.0.0.1
+PORT ?= 50051
+DEVICE ?= auto
+ARGS ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help demo serve test test-all lint protos env clean
+
+help:
+	@echo "make demo              24 concurrent requests on the bundled model: watch the batch turn, compare with static"
+	@echo "make serve MODEL=...   serve a checkpoint (a folder or a hub id) in the foreground, and say how to call it"
+	@echo "                       more: HOST, PORT, DEVICE=auto|cpu|cuda|sim, ARGS='--any --other options'"
+	@echo "make test              lint and the test suite; no GPU, no network but the package index"
+	@echo "make test-all          the long property runs and the whole matrix too"
+	@echo "make lint              ruff, mypy, import rules, stubs up to date"
+	@echo "make protos            generate the Python stubs from protos/carousel/v1/*.proto"
+	@echo "make env               only make .venv (PYTHON=python3.12 chooses the interpreter)"
+	@echo "make clean             remove caches and build files; rm -rf .venv removes the environment"
+
+demo: $(READY)
+	@$(BIN)/python -m demo.run $(ARGS)
+
+serve: $(READY)
+	@echo "Call it, once it says that it serves:"
+	@echo "  $(BIN)/carousel generate --target $(HOST):$(PORT) --prompt 'def fibonacci(n):' --max-tokens 64"
+	@echo "  grpcurl -plaintext -d '{\"text\": \"def fibonacci(n):\", \"stopping\": {\"max_tokens\": 64}}' \\"
+	@echo "    $(HOST):$(PORT) carousel.v1.Generation/Generate"
+	@echo "  $(BIN)/python -c 'import client; [print(text, end=\"\", flush=True) for text in"\
+	      "client.CarouselClient(\"$(HOST):$(PORT)\").generate(\"def fibonacci(n):\", max_tokens=64).text()]'"
+	@echo "Ctrl-C stops it."
+	@echo
+	@exec $(BIN)/carousel serve --model '$(MODEL)' --device $(DEVICE) --host $(HOST) --port $(PORT) $(ARGS)
+
+test: lint
+	$(BIN)/python -m pytest -m "not slow" $(ARGS)
+
+test-all: lint
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/python protos/generate.py --check
+
+protos: $(READY)
+	$(BIN)/python protos/generate.py
+
+env: $(READY)
+
+clean:
+	find . -name __pycache__ -type d -not -path './$(VENV)/*' -prune -exec rm -rf {} +
+	rm -rf build dist *.egg-info .pytest_cache .hypothesis .mypy_cache .ruff_cache .import_linter_cache
+
+# torch is by far the largest: it goes first, so that the rest need not wait for a broken download twice.
+$(READY): pyproject.toml constraints.txt
+	@python=; \
+	for candidate in $(or $(PYTHON),python3 python3.13 python3.12 python3.11); do \
+	  if "$$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1; then python="$$candidate"; break; fi; \
+	done; \
+	if [ -z "$$python" ]; then \
+	  echo "make: Carousel needs Python 3.11 or newer, and found none (tried: $(or $(PYTHON),python3 python3.13 python3.12 python3.11)); install one, or say where it is: make PYTHON=/path/to/python3.12 $(or $(MAKECMDGOALS),env)" >&2; \
+	  exit 1; \
+	fi; \
+	if ! "$$python" -c 'import ensurepip, venv' >/dev/null 2>&1; then \
+	  echo "make: $$python can't make environments: install its venv package (on Debian and Ubuntu: apt install python3-venv)" >&2; \
+	  exit 1; \
+	fi; \
+	if ! $(BIN)/python -c 'import pip' >/dev/null 2>&1; then \
+	  echo "Making $(VENV) with $$("$$python" --version)"; \
+	  "$$python" -m venv --clear $(VENV) || exit 1; \
+	fi
+	PIP_USER=0 $(BIN)/python -m pip install -c constraints.txt torch
+	PIP_USER=0 $(BIN)/python -m pip install -c constraints.txt -e '.[worker,test]'
+	@touch $@

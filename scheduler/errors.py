@@ -1,0 +1,79 @@
+"""Every error that the scheduler's processes name. Knows no gRPC: a status is the name of one.
+
+A RequestError becomes the status of a call, with google.rpc details; a StartError is one line on stderr and exit code 1.
+"""
+
+from __future__ import annotations
+
+_RETRY_AFTER_NS = 1_000_000_000  # when nobody can say better
+
+
+class RequestError(Exception):
+    """A call that is refused or that failed; the text is for the caller.
+
+    status: name of a gRPC status. field: path of the field of the request that is wrong (BadRequest). retry_after_ns: when to
+    try again (RetryInfo); 0: no use. reason: a word for programs (ErrorInfo).
+    """
+
+    status = "INTERNAL"
+
+    def __init__(self, message: str, *, field: str = "", retry_after_ns: int = 0, reason: str = "") -> None:
+        super().__init__(message)
+        self.message = message
+        self.field = field
+        self.retry_after_ns = retry_after_ns
+        self.reason = reason
+
+
+class InvalidFieldError(RequestError):
+    """A field's value can't be used."""
+
+    status = "INVALID_ARGUMENT"
+
+    def __init__(self, field: str, message: str) -> None:
+        super().__init__(f"{field}: {message}", field=field)
+
+
+class UnsupportedFieldError(RequestError):
+    """A field that this server can't honour."""
+
+    status = "UNIMPLEMENTED"
+
+    def __init__(self, field: str) -> None:
+        super().__init__(f"{field} is not supported by this server", field=field)
+
+
+class UnavailableError(RequestError):
+    """Nobody can compute now; later somebody may."""
+
+    status = "UNAVAILABLE"
+
+    def __init__(self, message: str, *, reason: str = "NOT_READY", retry_after_ns: int = _RETRY_AFTER_NS) -> None:
+        super().__init__(message, reason=reason, retry_after_ns=retry_after_ns)
+
+
+class CancelledElsewhereError(RequestError):
+    """The request was cancelled by its id."""
+
+    status = "CANCELLED"
+
+
+class RefusedError(RequestError):
+    """The core did not accept the request; the status is the core's."""
+
+    def __init__(self, status: str, message: str, *, field: str = "", retry_after_ns: int = 0) -> None:
+        reason = {"RESOURCE_EXHAUSTED": "QUEUE_FULL", "UNAVAILABLE": "NOT_READY"}.get(status, "")
+        super().__init__(message, field=field, retry_after_ns=retry_after_ns, reason=reason)
+        self.status = status
+
+
+class StartError(Exception):
+    """A process can't start; the text is one line that says what to do."""
+
+
+class ModelNotFoundError(StartError):
+    """There is no such directory, and no such model on the hub."""
+
+
+class ModelFilesError(StartError):
+    """A file of the model is missing, unreadable, or holds what this server can't use."""

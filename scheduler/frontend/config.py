@@ -1,0 +1,20 @@
+"""What a front end is told at its start; the supervisor hands it over as JSON."""
+
+from __future__ import annotations
+
+import msgspec
+
+
+class FrontendConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """One front-end process."""
+
+    core_endpoint: str  # ZeroMQ endpoint of the core
+    host: str  # address to listen on
+    port: int  # shared by all front ends (SO_REUSEPORT)
+    model_dir: str  # holds config.json and the tokenizer
+    served_model_name: str
+    log_level: str = "info"
+    max_message_bytes: int = 64 << 20  # of one gRPC message, either way
+    max_streams: int = 20_000  # calls at once on one connection, and calls that wait to be looked at
+    tokenizer_threads: int = 1  # long prompts are tokenized beside the event loop
+    drain_timeout_s: float = 4.0  # what streams get after SIGTERM; the supervisor kills after 5

@@ -1,0 +1,50 @@
+"""The front-end process: loads the tokenizer, connects to the core, serves gRPC until SIGTERM."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import signal
+import sys
+from pathlib import Path
+
+from scheduler.errors import StartError
+from scheduler.frontend import defaults, server
+from scheduler.frontend.config import FrontendConfig
+from scheduler.frontend.core_link import CoreLink
+from scheduler.frontend.defaults import ModelDefaults
+from scheduler.frontend.tokenizer import Tokenizer
+from scheduler.process import log_to_stderr, obey_the_supervisor
+
+log = logging.getLogger(__name__)
+
+
+def run(config: FrontendConfig) -> int:
+    """The process `python -m scheduler frontend`; returns the exit code."""
+    obey_the_supervisor()
+    log_to_stderr("frontend", config.log_level)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # one text at a time: its thread pool would only be in the way
+    try:
+        tokenizer = Tokenizer.load(Path(config.model_dir))
+        model_defaults = defaults.load(Path(config.model_dir), tokenizer.eos_token_id)
+        asyncio.run(_serve(config, tokenizer, model_defaults))
+    except StartError as error:
+        print(f"frontend: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+async def _serve(config: FrontendConfig, tokenizer: Tokenizer, model_defaults: ModelDefaults) -> None:
+    told_to_stop = asyncio.Event()
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, told_to_stop.set)
+    link = CoreLink(config.core_endpoint)
+    try:
+        grpc_server = server.Server(config, link, tokenizer, model_defaults)
+        port = await grpc_server.start()
+        log.info("listening on %s, port %d", config.host, port)
+        await told_to_stop.wait()
+        log.info("stopping")
+        await grpc_server.stop(config.drain_timeout_s)
+    finally:
+        link.close()

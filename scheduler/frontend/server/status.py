@@ -1,0 +1,80 @@
+"""Errors to gRPC statuses with google.rpc details, in one place for all services."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import logging
+import secrets
+from collections.abc import Awaitable, Callable
+from typing import Any, TypeAlias, TypeVar
+
+import grpc
+import grpc.aio
+from google.protobuf.any_pb2 import Any as AnyMessage
+from google.protobuf.duration_pb2 import Duration
+from google.protobuf.message import Message
+from google.rpc import error_details_pb2, status_pb2  # type: ignore[import-untyped]
+from grpc_status import rpc_status  # type: ignore[import-untyped]
+
+from scheduler.errors import RequestError
+
+log = logging.getLogger(__name__)
+
+DOMAIN = "carousel.v1"  # of ErrorInfo
+
+Context: TypeAlias = Any  # the generated stubs say: a sync and an async ServicerContext at once; it is the async one
+ServicerT = TypeVar("ServicerT")
+RequestT = TypeVar("RequestT")
+AnswerT = TypeVar("AnswerT")
+
+
+def to_status(error: RequestError) -> grpc.Status:
+    """The status of a RequestError: BadRequest names its field, RetryInfo when to come again, ErrorInfo why."""
+    details: list[Message] = []
+    if error.field:
+        violation = error_details_pb2.BadRequest.FieldViolation(field=error.field, description=error.message)
+        details.append(error_details_pb2.BadRequest(field_violations=[violation]))
+    if error.retry_after_ns:
+        delay = Duration()
+        delay.FromNanoseconds(error.retry_after_ns)
+        details.append(error_details_pb2.RetryInfo(retry_delay=delay))
+    if error.reason:
+        details.append(error_details_pb2.ErrorInfo(reason=error.reason, domain=DOMAIN))
+    status = status_pb2.Status(code=grpc.StatusCode[error.status].value[0], message=error.message)
+    for detail in details:
+        packed = AnyMessage()
+        packed.Pack(detail)
+        status.details.append(packed)
+    made: grpc.Status = rpc_status.to_status(status)
+    return made
+
+
+def internal_error(what: str, *, exc_info: bool = False) -> RequestError:
+    """Our own fault: the caller gets an id, the log gets the same id and the rest."""
+    error_id = secrets.token_hex(6)
+    log.error("internal error %s: %s", error_id, what, exc_info=exc_info)
+    return RequestError(f"internal error {error_id}; the server's log says more")
+
+
+def answers_with_status(
+    handler: Callable[[ServicerT, RequestT, Context], Awaitable[AnswerT]],
+) -> Callable[[ServicerT, RequestT, Context], Awaitable[AnswerT]]:
+    """For the handlers of all services: a RequestError becomes its status, any other exception INTERNAL."""
+
+    @functools.wraps(handler)
+    async def answer(servicer: ServicerT, request: RequestT, context: Context) -> AnswerT:
+        try:
+            return await handler(servicer, request, context)
+        except RequestError as error:
+            failure = error
+        except (asyncio.CancelledError, grpc.aio.AbortError):
+            raise
+        except Exception:
+            if context.done():  # written to a reader that has just gone
+                raise asyncio.CancelledError from None
+            failure = internal_error(handler.__qualname__, exc_info=True)
+        await context.abort_with_status(to_status(failure))
+        raise AssertionError("abort_with_status raises")
+
+    return answer

@@ -1,0 +1,72 @@
+"""What a worker is told at its start: one frozen dataclass, checked once. What it finds out itself travels in its hello."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from kvcache.sizing import GIB, Wish
+
+DEVICES = ("auto", "cpu", "cuda", "sim")
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+class ConfigError(Exception):
+    """An option that can't be; the text names it."""
+
+
+@dataclass(frozen=True, slots=True)
+class SimConfig:
+    """What only the simulated executor reads; worker.sim_executor.Latency explains the nanoseconds."""
+
+    base_ns: int = 0
+    per_row_ns: int = 0
+    per_token_ns: int = 0
+    per_context_token_ns: int = 0
+    end_chance: float = 0.0  # of drawing the request's first stop token, per token
+    vocab_size: int = 32_000  # when there is no --model to say it
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerConfig:
+    connect: str  # ZeroMQ address of the core
+    model: str | None = None  # directory or hub id; only a simulated worker can do without
+    revision: str | None = None
+    device: str = "auto"
+    dtype: str = "auto"
+    max_model_len: int | None = None  # tokens; None: the model's, or what the memory holds
+    block_size: int = 16  # tokens
+    num_blocks: int | None = None
+    kv_memory_gib: float | None = None
+    max_batch_rows: int = 64
+    max_step_tokens: int = 512
+    threads: int | None = None  # None: one per processor that this process may use
+    group: int = 0
+    sim: SimConfig = field(default_factory=SimConfig)
+
+    def __post_init__(self) -> None:
+        def check(holds: bool, what: str) -> None:
+            if not holds:
+                raise ConfigError(what)
+
+        check("://" in self.connect, f"--connect {self.connect}: a ZeroMQ address such as ipc:///path or tcp://host:port")
+        check(self.device in DEVICES, f"--device {self.device}: one of {', '.join(DEVICES)}")
+        check(self.dtype in DTYPES, f"--dtype {self.dtype}: one of {', '.join(DTYPES)}")
+        check(self.model is not None or self.device == "sim", "--model is missing: a checkpoint directory or a hub id")
+        check(self.max_model_len is None or self.max_model_len >= 2, f"--max-model-len {self.max_model_len}: 2 at least")
+        check(1 <= self.block_size <= 256, f"--block-size {self.block_size}: 1 to 256")
+        check(self.num_blocks is None or self.num_blocks >= 1, f"--num-blocks {self.num_blocks}: 1 at least")
+        check(self.kv_memory_gib is None or self.kv_memory_gib > 0, f"--kv-memory-gib {self.kv_memory_gib}: more than 0")
+        both = self.num_blocks is not None and self.kv_memory_gib is not None
+        check(not both, "--num-blocks and --kv-memory-gib both say how large the KV cache is: give one")
+        check(1 <= self.max_batch_rows <= 65_535, f"--max-batch-rows {self.max_batch_rows}: 1 to 65535")
+        check(self.max_step_tokens >= 1, f"--max-step-tokens {self.max_step_tokens}: 1 at least")
+        check(self.threads is None or self.threads >= 1, f"--threads {self.threads}: 1 at least")
+        check(self.group >= 0, f"--group {self.group}: 0 at least")
+        check(0 <= self.sim.end_chance <= 1, f"--sim-end-chance {self.sim.end_chance}: 0 to 1")
+        check(self.sim.vocab_size >= 2, f"--sim-vocab-size {self.sim.vocab_size}: 2 at least")
+
+    @property
+    def wish(self) -> Wish:
+        """What of the KV cache's size was asked for."""
+        memory_bytes = None if self.kv_memory_gib is None else int(self.kv_memory_gib * GIB)
+        return Wish(self.num_blocks, memory_bytes, self.max_model_len)

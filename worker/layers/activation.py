@@ -1,0 +1,16 @@
+"""Activations between the two halves of an MLP."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch.nn.functional as F
+from torch import Tensor
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": F.relu, "gelu": F.gelu}
+
+
+def silu_and_mul(gate_up_TF: Tensor) -> Tensor:
+    """silu(gate) · up of [gate, up] side by side, [T, 2F] → [T, F] (SwiGLU, Shazeer 2020, arXiv:2002.05202)."""
+    gate_TF, up_TF = gate_up_TF.chunk(2, dim=-1)
+    return F.silu(gate_TF).mul_(up_TF)

@@ -1,0 +1,142 @@
+"""`python -m worker`: options, the executor that they ask for, the link; and what a process owes its supervisor.
+
+A start that fails says so in one line on stderr and exits 1 before any hello. torch is imported only when a model is.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import logging
+import os
+import signal
+import sys
+import warnings
+from collections.abc import Sequence
+from dataclasses import fields
+from typing import NoReturn
+
+import zmq
+
+from kvcache.sizing import SizingError
+from worker import model_files
+from worker.config import DEVICES, DTYPES, ConfigError, SimConfig, WorkerConfig
+from worker.executor import Executor, one_line
+from worker.link import Link
+from worker.model_config import ModelError
+
+log = logging.getLogger(__name__)
+
+SUPERVISOR_PID = "CAROUSEL_SUPERVISOR_PID"  # in the environment of a worker that the scheduler's supervisor starts
+_PR_SET_PDEATHSIG = 1
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"worker: {message} (--help lists the options)\n")
+
+
+def parse(arguments: Sequence[str]) -> tuple[WorkerConfig, str]:
+    """The configuration, and the level of the log. Exits 2 on wrong usage."""
+    parser = _Parser(prog="python -m worker", description="A worker of Carousel: computes the steps that a core plans.")
+    add = parser.add_argument
+    add("--connect", required=True, metavar="ADDRESS", help="ZeroMQ address of the core, e.g. ipc:///run/carousel/workers")
+    add("--model", metavar="DIR_OR_HUB_ID", help="checkpoint directory, or a model id of the Hugging Face hub")
+    add("--revision", help="branch, tag or commit of a hub id")
+    add(
+        "--device", default="auto", choices=DEVICES, help="auto: cuda if there is one, else cpu; sim: no model, invented tokens"
+    )
+    add("--dtype", default="auto", choices=DTYPES, help="auto: float32 on a CPU, the checkpoint's own on a GPU")
+    add("--max-model-len", type=int, metavar="N", help="tokens of prompt and output together [the model's]")
+    add("--block-size", type=int, default=16, metavar="N", help="tokens of one KV-cache block [16]")
+    add("--num-blocks", type=int, metavar="N", help="blocks of the KV cache [what the memory allows]")
+    add("--kv-memory-gib", type=float, metavar="X", help="memory of the KV cache, instead of --num-blocks")
+    add("--max-batch-rows", type=int, default=64, metavar="N", help="sequences in the batch [64]")
+    add("--max-step-tokens", type=int, default=512, metavar="N", help="tokens of the largest step [512]")
+    add("--threads", type=int, metavar="N", help="threads on a CPU [one per core]")
+    add("--group", type=int, default=0, metavar="N", help="worker group [0]")
+    add("--sim-base-ns", type=int, default=0, metavar="NS", help="simulated time of any step [0]")
+    add("--sim-per-row-ns", type=int, default=0, metavar="NS", help="… of each row [0]")
+    add("--sim-per-token-ns", type=int, default=0, metavar="NS", help="… of each token computed [0]")
+    add("--sim-per-context-token-ns", type=int, default=0, metavar="NS", help="… of each token attended to [0]")
+    add(
+        "--sim-end-chance",
+        type=float,
+        default=0.0,
+        metavar="P",
+        help="chance that a token is the request's first stop token [0]",
+    )
+    add("--sim-vocab-size", type=int, default=32_000, metavar="N", help="vocabulary without --model [32000]")
+    add("--log-level", default="info", choices=("debug", "info", "warning", "error"))
+    options = vars(parser.parse_args(arguments))
+    sim = SimConfig(**{field.name: options[f"sim_{field.name}"] for field in fields(SimConfig)})
+    try:
+        own = {field.name: options[field.name] for field in fields(WorkerConfig) if field.name != "sim"}
+        return WorkerConfig(**own, sim=sim), options["log_level"]
+    except ConfigError as error:
+        parser.error(str(error))
+
+
+def make_executor(config: WorkerConfig) -> Executor:
+    """Raises ConfigError, ModelError or SizingError, or whatever a library raises, when it can't be made."""
+    model_dir = model_files.resolve(config.model, config.revision) if config.model is not None else None
+    if config.device == "sim":
+        from worker.sim_executor import SimExecutor
+
+        return SimExecutor.of(config, model_dir)
+    from worker.model_executor import ModelExecutor
+
+    assert model_dir is not None
+    return ModelExecutor.of(config, model_dir)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    _obey_the_supervisor()
+    signal.signal(signal.SIGTERM, lambda *_: os._exit(0))  # nothing here is worth a tidy end
+    config, log_level = parse(sys.argv[1:] if arguments is None else arguments)
+    _log_to_stderr(log_level)
+    try:
+        executor = make_executor(config)
+        link = Link(config.connect, config.group, executor)
+    except Exception as error:
+        log.debug("the start failed", exc_info=True)
+        print(f"worker: {_reason(error)}", file=sys.stderr)
+        return 1
+    log.info("%s", executor.facts.description)
+    link.run()
+    return 0
+
+
+def _reason(error: Exception) -> str:
+    """What is wrong and what to do, in one line."""
+    if isinstance(error, ConfigError | ModelError | SizingError):
+        return " ".join(str(error).split())
+    if isinstance(error, zmq.ZMQError):
+        return f"--connect: {error}"
+    return one_line(error)
+
+
+def _obey_the_supervisor() -> None:
+    """Under a supervisor the kernel kills this process when the supervisor dies, however that happens (Linux; elsewhere
+    nothing is done), and Ctrl-C, which a terminal sends to the whole foreground, is left to the supervisor."""
+    supervisor = os.environ.get(SUPERVISOR_PID)
+    if supervisor is None:
+        signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+        return
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    except (OSError, AttributeError):
+        return
+    if os.getppid() != int(supervisor):  # it died before the line above
+        os._exit(1)
+
+
+def _log_to_stderr(level: str) -> None:
+    """One line an event. Libraries' warnings are for developers: they show at level debug only."""
+    logging.basicConfig(
+        level=level.upper(), format="%(asctime)s worker[%(process)d] %(levelname)s %(message)s", datefmt="%H:%M:%S"
+    )
+    logging.captureWarnings(True)
+    if level != "debug":
+        warnings.simplefilter("ignore")

@@ -1,0 +1,183 @@
+"""The executor with a model: loads it, sizes the KV pool, computes steps. Knows tensors and plans; no socket.
+
+A step that fails, for want of memory or by a fault, becomes a StepFailed of one line; the trace goes to this process's log,
+and the executor can go on after reset().
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from kvcache.sizing import CPU_SHARE, CUDA_SHARE, DEFAULT_CPU_BYTES, PoolSize, available_memory, size_pool
+from kvcache.storage import KVStorage
+from wire import PlanHeader, ResultHeader, SamplingSpec, SequenceStart, StepFailed, StepPlan, StepResult, WorkerFacts
+from wire.messages import I32
+from worker import attention
+from worker.batch import build
+from worker.config import ConfigError, WorkerConfig
+from worker.executor import Deliver, failure
+from worker.model_config import LongRope, ModelConfig
+from worker.models import Model, load_model
+from worker.sampler import sample
+from worker.sequences import PlanError, Sequences, StepRows
+
+log = logging.getLogger(__name__)
+
+
+class ModelExecutor:
+    """Computes each step here and now, in the thread that submits it."""
+
+    def __init__(self, model: Model, kv: KVStorage, facts: WorkerFacts, device: torch.device) -> None:
+        self.facts = facts
+        self._model, self._kv, self._device = model, kv, device
+        self._attention = attention.choose(device)
+        self._sequences = Sequences(facts)
+
+    @staticmethod
+    def of(config: WorkerConfig, model_dir: Path) -> ModelExecutor:
+        """As told by a worker's options. Raises ModelError, SizingError or ConfigError."""
+        device = _device(config.device)
+        threads = _set_threads(config.threads) if device.type == "cpu" else 0
+        wished = ModelConfig.read(model_dir, config.max_model_len)
+        dtype = _dtype(config.dtype, device, wished)
+        model, shape = load_model(model_dir, dtype, device, wished.max_model_len)
+        pool = _size_pool(config, shape, dtype, device)
+        if pool.lowered_from is not None and isinstance(shape.rope, LongRope):
+            model, shape = load_model(model_dir, dtype, device, pool.max_model_len)  # its angles depend on the length
+        kv = KVStorage(
+            shape.num_layers, pool.num_blocks, shape.num_kv_heads, pool.block_size, shape.head_dim, dtype, device
+        )
+        facts = _facts(config, shape, pool, dtype, device, threads, sum(weight.numel() for weight in model.parameters()))
+        executor = ModelExecutor(model, kv, facts, device)
+        executor._rehearse()
+        return executor
+
+    def reset(self) -> None:
+        self._sequences.reset()
+
+    def submit(self, plan: StepPlan, deliver: Deliver) -> None:
+        deliver(self._answer(plan))
+
+    def close(self) -> None:
+        del self._model, self._kv
+
+    def _answer(self, plan: StepPlan) -> StepResult | StepFailed:
+        began = time.perf_counter_ns()
+        try:
+            rows, tokens = self._step(plan)
+        except PlanError as error:
+            log.error("step %d: %s", plan.header.step_id, error)
+            return failure(plan, error)
+        except Exception as error:
+            log.exception("step %d failed", plan.header.step_id)
+            if self._device.type == "cuda":
+                torch.cuda.empty_cache()
+            return failure(plan, error)
+        header = ResultHeader(plan.header.group, plan.header.epoch, plan.header.step_id, time.perf_counter_ns() - began)
+        return StepResult(header, tokens, rows.sampled_slots.astype(np.uint16))
+
+    @torch.inference_mode()
+    def _step(self, plan: StepPlan) -> tuple[StepRows, I32]:
+        rows = self._sequences.apply(plan)
+        if not len(rows.slots):
+            return rows, np.empty(0, np.int32)
+        batch = build(self._sequences, rows, self._device)
+        hidden_TC = self._model.forward(batch.input_ids, batch.positions, self._attention, self._kv, batch.attention)
+        if not len(rows.drawing):
+            return rows, np.empty(0, np.int32)
+        logits_NV = self._model.logits(hidden_TC[batch.drawing])
+        tokens = sample(logits_NV, self._sequences.sampling(rows))[: rows.num_sampled]
+        self._sequences.feed(rows, tokens)
+        return rows, tokens
+
+    def _rehearse(self) -> None:
+        """One step of one short sequence, so that what can't work fails before the hello, and libraries are warm."""
+        sampling = SamplingSpec(temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, seed=0)
+        start = SequenceStart(0, 0, 0, 1, 1, 0, 1, sampling)
+        one = np.ones(1, np.int32)
+        self._step(
+            StepPlan(PlanHeader(0, 0, 0, (start,)), one, start_tokens=0 * one, start_blocks=one, slots=np.zeros(1, np.uint16))
+        )
+        self.reset()
+
+
+def _device(name: str) -> torch.device:
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("--device cuda: torch finds no CUDA device here; --device cpu works anywhere")
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(name)
+
+
+def _set_threads(wished: int | None) -> int:
+    """torch's own choice, one per core that this process may run on, but no more than a container's quota."""
+    threads = wished or min(torch.get_num_threads(), _cpu_quota() or torch.get_num_threads())
+    torch.set_num_threads(threads)
+    return threads
+
+
+def _cpu_quota() -> int | None:
+    """Processors' worth of time that the control group grants, rounded up; None: no limit that shows here."""
+    for names in (("cpu.max",), ("cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us")):
+        try:
+            words = " ".join((Path("/sys/fs/cgroup") / name).read_text() for name in names).split()
+            if words[0] not in ("max", "-1"):
+                return max(1, -(-int(words[0]) // int(words[1])))
+        except (OSError, ValueError, IndexError):
+            continue
+    return None
+
+
+def _dtype(name: str, device: torch.device, shape: ModelConfig) -> torch.dtype:
+    if name == "auto":
+        name = "float32" if device.type == "cpu" else shape.dtype or "bfloat16"
+    return getattr(torch, name)
+
+
+def _size_pool(config: WorkerConfig, shape: ModelConfig, dtype: torch.dtype, device: torch.device) -> PoolSize:
+    on_cpu = device.type == "cpu"
+    return size_pool(
+        bytes_per_token=shape.kv_bytes_per_token(dtype.itemsize),
+        block_size=config.block_size,
+        model_len=shape.max_model_len,
+        max_batch_rows=config.max_batch_rows,
+        available_bytes=available_memory() if on_cpu else torch.cuda.mem_get_info(device)[0],
+        share=CPU_SHARE if on_cpu else CUDA_SHARE,
+        default_bytes=DEFAULT_CPU_BYTES if on_cpu else None,
+        wish=config.wish,
+    )
+
+
+def _facts(
+    config: WorkerConfig,
+    shape: ModelConfig,
+    pool: PoolSize,
+    dtype: torch.dtype,
+    device: torch.device,
+    threads: int,
+    num_parameters: int,
+) -> WorkerFacts:
+    dtype_name = str(dtype).removeprefix("torch.")
+    where = f"cpu ({threads} threads)" if device.type == "cpu" else torch.cuda.get_device_name(device)
+    size = f"{num_parameters / 1e9:.2f} B" if num_parameters >= 1e9 else f"{num_parameters / 1e6:.1f} M"
+    return WorkerFacts(
+        device=device.type,
+        pid=os.getpid(),
+        description=f"{shape.architecture}, {size} parameters in {dtype_name} on {where}; KV cache {pool}",
+        architecture=shape.architecture,
+        dtype=dtype_name,
+        vocab_size=shape.vocab_size,
+        max_model_len=pool.max_model_len,
+        block_size=pool.block_size,
+        num_blocks=pool.num_blocks,
+        kv_bytes_per_token=pool.bytes_per_token,
+        num_parameters=num_parameters,
+        max_batch_rows=config.max_batch_rows,
+        max_step_tokens=config.max_step_tokens,
+    )

@@ -1,0 +1,189 @@
+"""Weights by name, out of a checkpoint's safetensors files. Which names a model has is written in the model's own file.
+
+Files are mapped into memory and copied tensor by tensor into the model's dtype and device, so no second copy of the model
+ever exists. safetensors only: a pickle can run code.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from worker.model_config import ModelError
+
+DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}  # as safetensors names them
+
+_INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
+_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+_BASE = "model."  # checkpoints saved without the language model's head leave it out of their names
+_NOT_WEIGHTS = (".rotary_emb.inv_freq", "decoder.version", ".attn.masked_bias")  # of old checkpoints; computed, not read
+
+
+class CheckpointError(ModelError):
+    """A checkpoint that can't be read; the text is one line naming the file and the tensor."""
+
+
+class Weights(Protocol):
+    """Where a model takes its weights from as it is put together."""
+
+    dtype: torch.dtype
+    device: torch.device
+
+    def take(self, name: str, *shape: int) -> Tensor:
+        """The tensor `name`, which must have this shape, in `dtype` on `device`."""
+
+    def stack(self, parts: Mapping[str, int], *rest: int) -> Tensor:
+        """The tensors of `parts`, [rows, *rest] each, one below the other: one product for several projections."""
+
+    def same(self, name: str, tensor: Tensor) -> None:
+        """Takes a tensor that must be `tensor` once more, if it is stored at all (tied weights). Otherwise an error."""
+
+
+class Checkpoint:
+    """The Weights of a directory. A context: the files stay mapped inside it."""
+
+    def __init__(self, model_dir: Path, device: torch.device | str, dtype: torch.dtype | str | None) -> None:
+        """dtype None: that of the first stored tensor. Raises CheckpointError, also if a shard is missing."""
+        self.device = torch.device(device)
+        self._files: dict[Path, Any] = {}  # open safetensors files
+        self._file_of = _tensor_files(model_dir)
+        self._where = model_dir
+        self._left = set(self._file_of)
+        if dtype is None:
+            first = min(self._file_of)
+            dtype = self._stored_dtype(first)
+        self.dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+
+    def __enter__(self) -> Checkpoint:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._files.clear()
+
+    def take(self, name: str, *shape: int) -> Tensor:
+        return self.stack({name: shape[0]}, *shape[1:])
+
+    def stack(self, parts: Mapping[str, int], *rest: int) -> Tensor:
+        whole = torch.empty(sum(parts.values()), *rest, dtype=self.dtype, device=self.device)
+        at = 0
+        for name, rows in parts.items():
+            whole[at : at + rows].copy_(self._read(name, (rows, *rest)))
+            at += rows
+        return whole
+
+    def same(self, name: str, tensor: Tensor) -> None:
+        stored = self._stored_name(name)
+        if stored not in self._file_of:
+            return
+        if not torch.equal(self._read(name, tuple(tensor.shape)).to(self.dtype), tensor.cpu()):
+            what = "config.json ties it to the embedding (tie_word_embeddings), but it differs from it"
+            raise CheckpointError(f"{self._file_of[stored]}: tensor {stored}: {what}")
+
+    def check_all_taken(self) -> None:
+        """Raises CheckpointError if the files hold a tensor that the model did not take."""
+        left = sorted(name for name in self._left if not name.endswith(_NOT_WEIGHTS))
+        if left:
+            more = f", and {len(left) - 1} more," if len(left) > 1 else ""
+            raise CheckpointError(f"{self._file_of[left[0]]}: tensor {left[0]}{more} has no place in this architecture")
+
+    def _read(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        stored = self._stored_name(name)
+        path = self._file_of.get(stored)
+        if path is None:
+            raise CheckpointError(f"{self._where}: tensor {name} is missing")
+        self._stored_dtype(stored)
+        try:
+            tensor = self._open(path).get_tensor(stored)
+        except SafetensorError as error:
+            raise CheckpointError(f"{path}: tensor {stored}: {_one_line(error)}") from None
+        if tuple(tensor.shape) != shape:
+            expected = f"config.json makes it {list(shape)}"
+            raise CheckpointError(f"{path}: tensor {stored} has shape {list(tensor.shape)}, {expected}")
+        self._left.discard(stored)
+        return tensor
+
+    def _stored_name(self, name: str) -> str:
+        return name if name in self._file_of else name.removeprefix(_BASE)
+
+    def _stored_dtype(self, stored: str) -> torch.dtype:
+        path = self._file_of[stored]
+        try:
+            dtype = self._open(path).get_slice(stored).get_dtype()
+        except SafetensorError:
+            raise CheckpointError(f"{path}: tensor {stored} is missing, though {_INDEX} says it is here") from None
+        if dtype not in DTYPES:
+            raise CheckpointError(f"{path}: tensor {stored} is stored as {dtype}; {', '.join(DTYPES)} are implemented")
+        return DTYPES[dtype]
+
+    def _open(self, path: Path) -> Any:
+        if path not in self._files:
+            self._files[path] = _open(path)
+        return self._files[path]
+
+
+def _tensor_files(model_dir: Path) -> dict[str, Path]:
+    """Which file holds each tensor."""
+    index = model_dir / _INDEX
+    if index.exists():
+        return _indexed(index)
+    single = model_dir / _SINGLE
+    if single.exists():
+        return dict.fromkeys(_open(single).keys(), single)
+    pickles = sorted(path.name for pattern in _PICKLES for path in model_dir.glob(pattern))
+    if pickles:
+        raise CheckpointError(
+            f"{model_dir / pickles[0]}: pickled weights are not read, they can run code: convert to safetensors"
+        )
+    raise CheckpointError(f"{model_dir}: holds neither {_SINGLE} nor {_INDEX}")
+
+
+def _indexed(index: Path) -> dict[str, Path]:
+    try:
+        names = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{index}: no weight_map that can be read: {_one_line(error)}") from None
+    files = {}
+    for tensor, name in sorted(names.items()):
+        # A name that leads out of the directory is no shard.
+        if not isinstance(name, str) or Path(name).name != name or not name.endswith(".safetensors"):
+            raise CheckpointError(f"{index}: tensor {tensor}: {name!r} is no safetensors file of this directory")
+        files[tensor] = index.parent / name
+        if not files[tensor].exists():
+            raise CheckpointError(f"{files[tensor]}: the shard is missing; tensor {tensor} should be in it")
+    for path in set(files.values()):
+        for tensor in set(_open(path).keys()) - set(files):
+            files[tensor] = path  # in no index: check_all_taken will name it
+    return files
+
+
+def _open(path: Path) -> Any:
+    try:
+        return safe_open(str(path), framework="pt", device="cpu")
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path}: {_damage(path) or _one_line(error)}") from None
+
+
+def _damage(path: Path) -> str | None:
+    """What is wrong with a safetensors file that can't be opened: 8 bytes of header length, header (JSON), data."""
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            begin = 8 + int.from_bytes(file.read(8), "little")
+            if size < 8 or begin > size:
+                return f"truncated in its header, at byte {size:,}, before its first tensor (or no safetensors file)"
+            entries = json.loads(file.read(begin - 8))
+        ends = {name: begin + entry["data_offsets"][1] for name, entry in entries.items() if name != "__metadata__"}
+        cut = [name for name in sorted(ends, key=ends.__getitem__) if ends[name] > size]
+    except (OSError, ValueError, KeyError, TypeError, IndexError):
+        return None
+    return f"truncated: tensor {cut[0]} ends at byte {ends[cut[0]]:,}, the file at {size:,}" if cut else None
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
