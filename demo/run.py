@@ -105,7 +105,7 @@ def _warm_up(client: CarouselClient, seen: callers.SeenQueue) -> float:
     Returns the seconds that a token takes one request alone.
     """
     for _ in range(_WARM_UPS):
-        times = [time.monotonic() for _ in client.generate("def ", max_tokens=_WARM_TOKENS, temperature=0, ignore_eos=True)]
+        times = [time.monotonic() for _ in client.generate("def ", max_tokens=_WARM_TOKENS, **callers.GREEDY)]
         if _next(seen, _POLL_S) is not None:
             return (times[-1] - times[0]) / _WARM_TOKENS
     raise RunFailedError("the server answers, and shows no steps")
@@ -173,10 +173,11 @@ def show_comparison(console: Console, continuous: Run, static: Run) -> None:
     console.out("\nThe same requests under both policies", highlight=False)
     console.print(comparison(new, old), highlight=False)
     different = continuous.differences(static)
-    for label, position in different.items():
-        console.out(f"request {label} got other tokens from token {position} on (a near tie can fall either way)")
     same = f"{len(continuous.outcomes) - len(different)} of {len(continuous.outcomes)}"
     console.out(f"Tokens: {same} requests got exactly the same tokens from both.", highlight=False)
+    if different:
+        places = ", ".join(f"{label} from token {position}" for label, position in sorted(different.items()))
+        console.out(f"Others: {places}. Two tokens can be equally likely to the last bit but one.", highlight=False)
     faster, sooner = new.tokens_per_s / old.tokens_per_s, old.e2e_p50_s / new.e2e_p50_s
     ratio = f"{faster:.2f}x the throughput, and the middle request is done {sooner:.2f}x sooner"
     console.out(f"Continuous ÷ static on the same requests: {ratio}.", highlight=False)

@@ -11,8 +11,8 @@ _RETRY_AFTER_NS = 1_000_000_000  # when nobody can say better
 class RequestError(Exception):
     """A call that is refused or that failed; the text is for the caller.
 
-    status: name of a gRPC status. field: path of the field of the request that is wrong (BadRequest). retry_after_ns: when to
-    try again (RetryInfo); 0: no use. reason: a word for programs (ErrorInfo).
+    status: name of a gRPC status. field: path of the field of the request that is wrong (BadRequest), description: what is
+    wrong with it. retry_after_ns: when to try again (RetryInfo); 0: no use. reason: a word for programs (ErrorInfo).
     """
 
     status = "INTERNAL"
@@ -21,6 +21,7 @@ class RequestError(Exception):
         super().__init__(message)
         self.message = message
         self.field = field
+        self.description = message
         self.retry_after_ns = retry_after_ns
         self.reason = reason
 
@@ -31,7 +32,8 @@ class InvalidFieldError(RequestError):
     status = "INVALID_ARGUMENT"
 
     def __init__(self, field: str, message: str) -> None:
-        super().__init__(f"{field}: {message}", field=field)
+        super().__init__(f"{field} {message}", field=field)
+        self.description = message
 
 
 class UnsupportedFieldError(RequestError):

@@ -30,6 +30,8 @@ def resolve(model: str, revision: str | None = None) -> Path:
     """The directory that holds config.json and the tokenizer of `model`. Raises ModelNotFoundError."""
     directory = Path(model).expanduser()
     if directory.is_dir():
+        if revision is not None:
+            raise ModelNotFoundError(f"{model} is a directory, so it has no revision {revision}: only hub ids have")
         if not (directory / "config.json").is_file():
             raise ModelNotFoundError(f"{model} is not a model: it has no config.json")
         return directory.absolute()

@@ -128,7 +128,12 @@ class ModelConfig:
             raise ModelConfigError(f"{path}: no JSON: {error}") from None
         if not isinstance(entries, dict):
             raise ModelConfigError(f"{path}: not a JSON object")
-        return _parse(_Entries(str(path), entries), max_model_len)
+        return cls.of(entries, max_model_len, where=str(path))
+
+    @classmethod
+    def of(cls, entries: dict[str, Any], max_model_len: int | None = None, where: str = "config.json") -> ModelConfig:
+        """From the entries of a config.json; `where` is how errors call it."""
+        return _parse(_Entries(where, entries), max_model_len)
 
     def kv_bytes_per_token(self, bytes_per_value: int) -> int:
         """Bytes of one token's keys and values in all layers."""

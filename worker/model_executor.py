@@ -53,7 +53,7 @@ class ModelExecutor:
         kv = KVStorage(
             shape.num_layers, pool.num_blocks, shape.num_kv_heads, pool.block_size, shape.head_dim, dtype, device
         )
-        facts = _facts(config, shape, pool, dtype, device, threads, sum(weight.numel() for weight in model.parameters()))
+        facts = _facts(config, shape, pool, dtype, device, threads, model.num_parameters)
         executor = ModelExecutor(model, kv, facts, device)
         executor._rehearse()
         return executor

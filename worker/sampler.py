@@ -136,8 +136,8 @@ def _edge_of(best: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
 def whole_noise(vocab: int, seed: np.uint64, position: np.int64, output_index: np.int32) -> F32:
     """The Gumbel noise of every token of one draw, [V]."""
     groups = np.arange(-(-vocab // philox.LANES), dtype=np.uint64)
-    columns = (np.full(len(groups), column, np.uint64) for column in (position, output_index))
-    return philox.gumbel(philox.words(np.full(len(groups), seed, np.uint64), groups, *columns)).ravel()[:vocab]
+    seeds, positions, indices = (np.full(len(groups), value, np.uint64) for value in (seed, position, output_index))
+    return philox.gumbel(philox.words(seeds, groups, positions, indices)).ravel()[:vocab]
 
 
 def draw(scores_MV: Tensor, seed: NDArray[np.uint64], position: NDArray[np.int64], output_index: I32) -> I32:

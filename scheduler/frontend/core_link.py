@@ -182,7 +182,9 @@ class CoreLink:
         return reply
 
     def _send(self, message: Message) -> None:
-        if not self._socket.events & zmq.POLLOUT:  # sending alone may not have noticed a new connection
+        events = self._socket.getsockopt(zmq.EVENTS)  # sending alone may not have noticed a new connection
+        assert isinstance(events, int)
+        if not events & zmq.POLLOUT:
             raise UnavailableError("the scheduler core is not connected")
         self._socket.send_multipart(encode(message), zmq.NOBLOCK, copy=False)
         self._schedule_receive()

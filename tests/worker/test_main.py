@@ -120,11 +120,12 @@ def test_wrong_usage_is_one_line_and_exit_2(options: list[str], part: str) -> No
 
 
 def test_options_arrive_in_the_configuration() -> None:
-    config, level = parse(
+    line = (
         "--connect ipc://x --model m --revision r --device cuda --dtype float16 --max-model-len 100 --block-size 32"
         " --num-blocks 9 --max-batch-rows 3 --max-step-tokens 44 --threads 5 --group 2 --log-level debug"
-        " --sim-base-ns 1 --sim-end-chance 0.5".split()
+        " --sim-base-ns 1 --sim-end-chance 0.5"
     )
+    config, level = parse(line.split())
     assert level == "debug" and config == WorkerConfig(
         connect="ipc://x", model="m", revision="r", device="cuda", dtype="float16", max_model_len=100, block_size=32,
         num_blocks=9, max_batch_rows=3, max_step_tokens=44, threads=5, group=2, sim=config.sim,
@@ -153,7 +154,8 @@ def test_number_of_blocks_and_memory_together_are_refused() -> None:
 
 
 def test_a_simulated_worker_takes_its_facts_from_the_options(core: Core) -> None:
-    hello = core.start("--device", "sim", "--group", "3", "--max-batch-rows", "7", "--max-model-len", "99", "--num-blocks", "50")
+    limits = ("--max-batch-rows", "7", "--max-model-len", "99", "--num-blocks", "50")
+    hello = core.start("--device", "sim", "--group", "3", *limits)
     facts = hello.facts
     assert hello.group == 3 and facts.device == "sim" and facts.pid == core.processes[0].pid
     assert (facts.max_batch_rows, facts.max_model_len, facts.num_blocks, facts.vocab_size) == (7, 99, 50, 32_000)

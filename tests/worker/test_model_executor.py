@@ -157,7 +157,6 @@ def test_seeded_draws_are_the_same_alone_and_in_a_batch(executor, prompts) -> No
     for _ in range(12):
         step(executor, together.plan(), got)
     assert [got[slot] for slot in range(len(prompts))] == alone
-    assert alone != [reference for reference in alone[::-1]]
 
 
 def test_min_tokens_keeps_the_stop_token_away(executor, maker, prompts, references) -> None:

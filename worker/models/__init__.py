@@ -1,4 +1,4 @@
-"""Models: one architecture a file, the whole forward visible in it. This file knows their names and what they have in common."""
+"""Models: one architecture a file, the whole forward visible in it. Here are their names and what they have in common."""
 
 from __future__ import annotations
 

@@ -46,7 +46,7 @@ class Generation(GenerationServicer):
         self._defaults = defaults
         self._tokenizing = ThreadPoolExecutor(tokenizer_threads, thread_name_prefix="tokenizer")
 
-    @answers_with_status  # it writes instead of yielding: a cancelled call then ends at once, not when its generator is collected
+    @answers_with_status
     async def Generate(self, request: pb.GenerateRequest, context: Context) -> None:  # type: ignore[override]
         arrival_ns = time.monotonic_ns()
         self.num_active += 1

@@ -13,7 +13,7 @@ class Inspect(InspectServicer):
     def __init__(self, link: CoreLink) -> None:
         self._link = link
 
-    @answers_with_status  # it writes instead of yielding: a cancelled call then ends at once, not when its generator is collected
+    @answers_with_status
     async def WatchSteps(self, request: pb.WatchStepsRequest, context: Context) -> None:  # type: ignore[override]
         """Initial metadata says that the watch is on: steps planned after it are seen."""
         watcher = self._link.watch()

@@ -33,7 +33,7 @@ def to_status(error: RequestError) -> grpc.Status:
     """The status of a RequestError: BadRequest names its field, RetryInfo when to come again, ErrorInfo why."""
     details: list[Message] = []
     if error.field:
-        violation = error_details_pb2.BadRequest.FieldViolation(field=error.field, description=error.message)
+        violation = error_details_pb2.BadRequest.FieldViolation(field=error.field, description=error.description)
         details.append(error_details_pb2.BadRequest(field_violations=[violation]))
     if error.retry_after_ns:
         delay = Duration()
@@ -60,7 +60,11 @@ def internal_error(what: str, *, exc_info: bool = False) -> RequestError:
 def answers_with_status(
     handler: Callable[[ServicerT, RequestT, Context], Awaitable[AnswerT]],
 ) -> Callable[[ServicerT, RequestT, Context], Awaitable[AnswerT]]:
-    """For the handlers of all services: a RequestError becomes its status, any other exception INTERNAL."""
+    """For the handlers of all services: a RequestError becomes its status, any other exception INTERNAL.
+
+    Handlers of streams write instead of yielding, which is why their types need an `ignore`: when its call is cancelled, a
+    coroutine ends at once, a generator when somebody collects it.
+    """
 
     @functools.wraps(handler)
     async def answer(servicer: ServicerT, request: RequestT, context: Context) -> AnswerT:

@@ -193,7 +193,7 @@ class LongStaticMachine(StaticMachine):
     pass
 
 
-_quick = settings(max_examples=100, stateful_step_count=40, deadline=None, derandomize=True, database=None)
+_quick = settings(max_examples=300, stateful_step_count=40, deadline=None, derandomize=True, database=None)
 _long = settings(max_examples=3000, stateful_step_count=100, deadline=None, database=None)
 
 TestContinuous = CoreMachine.TestCase

@@ -1,0 +1,89 @@
+"""A front end as the supervisor starts it: `python -m scheduler frontend …`, in a process of its own, on a free port."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import grpc
+import msgspec
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from carousel.v1 import control_pb2_grpc, generation_pb2_grpc, inspect_pb2_grpc
+from scheduler.frontend.config import FrontendConfig
+from scheduler.supervisor import ReservedPort
+
+PATIENCE_S = 20.0
+_OPTIONS = [("grpc.max_receive_message_length", 64 << 20), ("grpc.max_send_message_length", 64 << 20)]
+
+
+class Frontend:
+    """A running front end and one connection to it."""
+
+    def __init__(self, model_dir: Path, core_endpoint: str, **options: Any) -> None:
+        self._port = ReservedPort("127.0.0.1", 0)
+        self.target = f"127.0.0.1:{self._port.port}"
+        self._log = tempfile.NamedTemporaryFile("w+", prefix="carousel-frontend-", suffix=".log")  # noqa: SIM115
+        config = FrontendConfig(
+            core_endpoint=core_endpoint,
+            host="127.0.0.1",
+            port=self._port.port,
+            model_dir=str(model_dir),
+            served_model_name="tiny",
+            **options,
+        )
+        command = [sys.executable, "-m", "scheduler", "frontend", msgspec.json.encode(config).decode()]
+        self.process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=self._log, stderr=subprocess.STDOUT)
+        self.channel = grpc.insecure_channel(self.target, _OPTIONS)
+        self.generation = generation_pb2_grpc.GenerationStub(self.channel)
+        self.control = control_pb2_grpc.ControlStub(self.channel)
+        self.inspect = inspect_pb2_grpc.InspectStub(self.channel)
+        self.health = health_pb2_grpc.HealthStub(self.channel)
+
+    def log(self) -> str:
+        return Path(self._log.name).read_text()
+
+    def wait_listening(self) -> None:
+        try:
+            grpc.channel_ready_future(self.channel).result(PATIENCE_S)
+        except grpc.FutureTimeoutError:
+            raise AssertionError(f"the front end does not listen:\n{self.log()}") from None
+
+    def wait_health(self, wanted: int, service: str = "") -> None:
+        """Until health says so."""
+        request = health_pb2.HealthCheckRequest(service=service)
+        for answer in self.health.Watch(request, timeout=PATIENCE_S, wait_for_ready=True):
+            if answer.status == wanted:
+                return
+
+    def wait_serving(self) -> None:
+        self.wait_health(health_pb2.HealthCheckResponse.SERVING)
+
+    def terminate(self) -> int:
+        """SIGTERM, and the exit code."""
+        self.process.send_signal(signal.SIGTERM)
+        return self.process.wait(PATIENCE_S)
+
+    def close(self) -> None:
+        self.channel.close()
+        self.process.kill()
+        self.process.wait()
+        self._port.close()
+        self._log.close()
+
+
+@contextlib.contextmanager
+def running(model_dir: Path, core_endpoint: str, **options: Any) -> Iterator[Frontend]:
+    """A front end that listens."""
+    frontend = Frontend(model_dir, core_endpoint, **options)
+    try:
+        frontend.wait_listening()
+        yield frontend
+    finally:
+        frontend.close()

@@ -1,0 +1,198 @@
+"""The paged backend gives what its slow twin gives, which gives what attention without any paging gives."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from kvcache.storage import KVStorage
+from tests.helpers.paged_model import step_inputs
+from worker.attention.base import AttentionInputs
+from worker.attention.reference import ReferenceAttention, dense_attention
+from worker.attention.torch_paged import TorchPagedAttention
+
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"))]
+MIXED = [(1, 1), (1, 70), (5, 5), (1, 64), (17, 40), (1, 33), (3, 129), (1, 16), (16, 16), (1, 17), (40, 41), (1, 15)]
+
+
+class Case:
+    """Rows of (query length, context length) with random keys and values; NaN wherever no row has a token."""
+
+    def __init__(
+        self,
+        rows: list[tuple[int, int]],
+        *,
+        num_heads: int = 6,
+        num_kv_heads: int = 2,
+        head_dim: int = 32,
+        block_size: int = 16,
+        dtype: torch.dtype = torch.float32,
+        device: str = "cpu",
+        seed: int = 0,
+    ) -> None:
+        self.rows, self.block_size, self.scale = rows, block_size, head_dim**-0.5
+        needed = [-(-length // block_size) for _, length in rows]
+        num_blocks = sum(needed) + 5
+        blocks = (np.random.default_rng(seed).permutation(num_blocks) + 1).tolist()
+        self.tables = [[blocks.pop() for _ in range(count)] for count in needed]
+        generator = torch.Generator().manual_seed(seed)
+
+        def random(*shape: int) -> Tensor:
+            return torch.randn(*shape, generator=generator).to(device, dtype)
+
+        self.q_THD = random(sum(count for count, _ in rows), num_heads, head_dim)
+        self.k_LKD = [random(length, num_kv_heads, head_dim) for _, length in rows]
+        self.v_LKD = [random(length, num_kv_heads, head_dim) for _, length in rows]
+        self.kv_layer = KVStorage(1, num_blocks, num_kv_heads, block_size, head_dim, dtype, device).layers[0].fill_(torch.nan)
+        counts, lengths = [count for count, _ in rows], [length for _, length in rows]
+        self.inputs = step_inputs(counts, lengths, self.tables, block_size, device)
+        self._fill()
+
+    def _fill(self) -> None:
+        """All tokens' keys and values, written as one step that computes everything."""
+        lengths = [length for _, length in self.rows]
+        everything = step_inputs(lengths, lengths, self.tables, self.block_size, str(self.q_THD.device))
+        ReferenceAttention().write(torch.cat(self.k_LKD), torch.cat(self.v_LKD), self.kv_layer, everything)
+
+    def dense(self) -> Tensor:
+        queries = self.q_THD.split([count for count, _ in self.rows])
+        return torch.cat([dense_attention(*row, self.scale) for row in zip(queries, self.k_LKD, self.v_LKD, strict=True)])
+
+    def reference(self) -> Tensor:
+        return ReferenceAttention().attend(self.q_THD, self.kv_layer, self.inputs, self.scale)
+
+    def paged(self, backend: TorchPagedAttention | None = None) -> Tensor:
+        inputs = dataclasses.replace(self.inputs, plan=None)
+        return (backend or TorchPagedAttention()).attend(self.q_THD, self.kv_layer, inputs, self.scale)
+
+
+def close(got: Tensor, expected: Tensor, tolerance: float = 2e-6) -> None:
+    assert got.shape == expected.shape and got.dtype == expected.dtype
+    torch.testing.assert_close(got, expected, atol=tolerance, rtol=0)
+
+
+def test_the_reference_gives_what_attention_without_paging_gives() -> None:
+    case = Case(MIXED)
+    assert torch.equal(case.reference(), case.dense())
+
+
+def test_dense_attention_is_scaled_dot_product_attention_of_torch() -> None:
+    q, k, v = torch.randn(9, 4, 16), torch.randn(9, 4, 16), torch.randn(9, 4, 16)
+    by_torch = torch.nn.functional.scaled_dot_product_attention(
+        *(x.transpose(0, 1).double() for x in (q, k, v)), is_causal=True, scale=0.3
+    )
+    close(dense_attention(q, k, v, 0.3), by_torch.transpose(0, 1).float())
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_chunks_and_single_tokens_mixed_in_one_step(device: str) -> None:
+    case = Case(MIXED, device=device)
+    close(case.paged(), case.dense(), 2e-6 if device == "cpu" else 1e-4)
+
+
+@pytest.mark.parametrize("head_dim", [32, 48, 64, 80, 96, 112, 128])
+@pytest.mark.parametrize(("num_heads", "num_kv_heads"), [(4, 4), (6, 2), (16, 1)])
+def test_head_sizes_and_groups(head_dim: int, num_heads: int, num_kv_heads: int) -> None:
+    case = Case(MIXED, num_heads=num_heads, num_kv_heads=num_kv_heads, head_dim=head_dim)
+    close(case.paged(), case.dense())
+
+
+@pytest.mark.parametrize("block_size", [1, 16, 24, 32, 64, 128])
+def test_block_sizes(block_size: int) -> None:
+    case = Case(MIXED, block_size=block_size)
+    close(case.paged(), case.dense())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("block_size", [16, 32, 64, 128])
+@pytest.mark.parametrize("head_dim", [16, 32, 48, 64, 80, 96, 112, 128])
+@pytest.mark.parametrize("group", [1, 2, 3, 4, 5, 6, 7, 8, 12, 16])
+@pytest.mark.parametrize("num_kv_heads", [1, 2, 3])
+def test_every_shape(num_kv_heads: int, group: int, head_dim: int, block_size: int) -> None:
+    seed = num_kv_heads + 10 * group + 1000 * head_dim + block_size
+    rng = np.random.default_rng(seed)
+    lengths = rng.integers(1, 200, 12).tolist()
+    rows = [(1 if rng.random() < 0.6 else int(rng.integers(1, length + 1)), length) for length in lengths]
+    case = Case(
+        rows,
+        num_heads=num_kv_heads * group,
+        num_kv_heads=num_kv_heads,
+        head_dim=head_dim,
+        block_size=block_size,
+        seed=seed,
+    )
+    close(case.paged(), case.dense())
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_random_rows(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    lengths = rng.integers(1, 300, rng.integers(1, 40)).tolist()
+    rows = [(1 if rng.random() < 0.7 else int(rng.integers(1, length + 1)), length) for length in lengths]
+    case = Case(rows, block_size=int(rng.choice([16, 32])), num_heads=4, num_kv_heads=2, head_dim=16, seed=seed)
+    close(case.paged(), case.dense())
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 2e-2), (torch.float16, 2e-3)])
+def test_half_precisions(dtype: torch.dtype, tolerance: float) -> None:
+    case = Case(MIXED, dtype=dtype)
+    close(case.paged(), case.dense(), tolerance)
+
+
+def test_the_size_of_the_groups_changes_nothing() -> None:
+    case = Case([(1, length) for length in range(1, 90, 3)] + [(9, 80), (11, 85)])
+    small, large = case.paged(TorchPagedAttention(group_bytes=1)), case.paged(TorchPagedAttention(group_bytes=1 << 30))
+    close(small, case.dense())
+    close(large, case.dense())
+
+
+def test_one_backend_serves_steps_of_changing_size_and_dtype() -> None:
+    backend = TorchPagedAttention()
+    for case in (Case([(1, 5)]), Case(MIXED), Case([(2, 3)], dtype=torch.bfloat16), Case([(1, 40)] * 3)):
+        close(case.paged(backend), case.dense(), 1e-2 if case.q_THD.dtype == torch.bfloat16 else 2e-6)
+
+
+def test_an_empty_step_gives_nothing() -> None:
+    empty = AttentionInputs.of(np.zeros(1, np.int32), np.zeros(0, np.int32), np.zeros((0, 0), np.int32), np.zeros(0, np.int64))
+    case = Case([(1, 5)])
+    assert TorchPagedAttention().attend(case.q_THD[:0], case.kv_layer, empty, 1.0).shape == (0, 6, 32)
+
+
+@pytest.mark.parametrize("sick", range(len(MIXED)))
+def test_a_row_with_nan_of_its_own_is_the_only_one_that_has_it(sick: int) -> None:
+    case = Case(MIXED)
+    expected = case.dense()
+    first = case.tables[sick][0]
+    case.kv_layer[:, first, :, 0] = torch.nan
+    queries = slice(*case.inputs.query_start_cpu[sick : sick + 2])
+    got = case.paged()
+    assert got[queries].isnan().all()
+    got[queries] = expected[queries]
+    close(got, expected)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_write_changes_its_own_slots_only(device: str) -> None:
+    case = Case(MIXED, device=device)
+    slots = [
+        table[at // 16] * 16 + at % 16 for (n, end), table in zip(MIXED, case.tables, strict=True) for at in range(end - n, end)
+    ]
+    k_TKD = torch.randn(len(slots), 2, 32, device=device)
+    v_TKD = torch.randn(len(slots), 2, 32, device=device)
+    expected = case.kv_layer.clone()
+    ReferenceAttention().write(k_TKD, v_TKD, expected, case.inputs)
+    TorchPagedAttention().write(k_TKD, v_TKD, case.kv_layer, case.inputs)
+    torch.testing.assert_close(case.kv_layer, expected, atol=0, rtol=0, equal_nan=True)
+    assert expected[0, slots[3] // 16, :, slots[3] % 16].equal(k_TKD[3])
+
+
+def test_write_takes_strided_keys_and_values() -> None:
+    case = Case([(3, 3), (1, 20)])
+    qkv = torch.randn(4, 10, 32)
+    TorchPagedAttention().write(qkv[:, 6:8], qkv[:, 8:], case.kv_layer, case.inputs)
+    last = case.tables[1][1]
+    assert case.kv_layer[0, last, :, 3].equal(qkv[3, 6:8]) and case.kv_layer[1, last, :, 3].equal(qkv[3, 8:])
