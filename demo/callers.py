@@ -13,10 +13,9 @@ from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 from carousel.v1 import inspect_pb2
-from client import CarouselClient, CarouselError, Stream
+from client import CarouselClient, CarouselError, GenerateStream, Stream
 from demo.figures import Outcome
 from demo.workload import Work
-
 
 # Every run makes the same tokens, whatever the batch; the seed is for a simulated worker, which knows no greedy choice.
 GREEDY: dict[str, Any] = {"temperature": 0, "ignore_eos": True, "seed": 0}
@@ -56,9 +55,11 @@ def request_id(work: Work) -> str:
 
 
 def send(client: CarouselClient, work: Work, seen: SeenQueue) -> None:
-    """Starts the request in a thread of its own."""
+    """Sends the request now (calls arrive in their order), and reads the answer in a thread of its own."""
     seen.put(Sent(work))
-    _start(lambda: _call(client, work, seen))
+    sent_s = time.monotonic()
+    stream = client.generate(work.prompt, request_id=request_id(work), max_tokens=work.max_tokens, **GREEDY)
+    _start(lambda: _read(stream, work.label, sent_s, seen))
 
 
 def watch(client: CarouselClient, seen: SeenQueue) -> Stream[inspect_pb2.WatchStepsResponse]:
@@ -80,17 +81,16 @@ def _start(target: Callable[[], None]) -> None:
     threading.Thread(target=target, daemon=True).start()
 
 
-def _call(client: CarouselClient, work: Work, seen: SeenQueue) -> None:
-    sent_s = time.monotonic()
+def _read(stream: GenerateStream, label: str, sent_s: float, seen: SeenQueue) -> None:
     first_token_s = 0.0
     token_ids: list[int] = []
     try:
-        for event in client.generate(work.prompt, request_id=request_id(work), max_tokens=work.max_tokens, **GREEDY):
+        for event in stream:
             if event.WhichOneof("event") == "delta":
                 first_token_s = first_token_s or time.monotonic()
                 token_ids += event.delta.token_ids
-                seen.put(Text(work.label, len(event.delta.token_ids), event.delta.text))
+                seen.put(Text(label, len(event.delta.token_ids), event.delta.text))
     except CarouselError as error:
-        seen.put(Failed(f"request {work.label}", error))
+        seen.put(Failed(f"request {label}", error))
     else:
-        seen.put(Ended(Outcome(work.label, sent_s, first_token_s, time.monotonic(), tuple(token_ids))))
+        seen.put(Ended(Outcome(label, sent_s, first_token_s, time.monotonic(), tuple(token_ids))))

@@ -1,18 +1,19 @@
 """The worker's end of the wire: hello, plans in, results out. Knows sockets and an Executor; no tensors, no torch.
 
 One thread owns the socket and sleeps in a poll until there is something to do. An executor that answers from a thread of its
-own hands its answers over through an in-process socket; one that answers at once sends them here and now.
+own leaves its answers in a deque and wakes the poll through an in-process socket; one that answers at once needs neither.
 """
 
 from __future__ import annotations
 
 import logging
 import threading
+from collections import deque
 from collections.abc import Sequence
 
 import zmq
 
-from wire import Message, Probe, StepFailed, StepPlan, StepResult, Welcome, WireError, WorkerHello, decode, encode
+from wire import Probe, StepFailed, StepPlan, StepResult, Welcome, WireError, WorkerHello, decode, encode
 from worker.executor import Executor
 
 log = logging.getLogger(__name__)
@@ -31,36 +32,36 @@ class Link:
         self._core.setsockopt(zmq.LINGER, 0)
         self._core.setsockopt(zmq.SNDHWM, 0)  # what waits here is at most one answer per plan
         self._connections = self._core.get_monitor_socket(zmq.EVENT_HANDSHAKE_SUCCEEDED)
-        self._handover_out = self._context.socket(zmq.PAIR)
-        self._handover_in = self._context.socket(zmq.PAIR)
-        self._handover_in.bind("inproc://handover")
-        self._handover_out.connect("inproc://handover")
-        self._handover_lock = threading.Lock()  # guards _handover_out
+        self._left_here: deque[StepResult | StepFailed | None] = deque()  # by other threads; None: stop
+        self._bell, self._bell_button = self._context.socket(zmq.PAIR), self._context.socket(zmq.PAIR)
+        self._bell.bind("inproc://bell")
+        self._bell_button.connect("inproc://bell")
+        self._bell_lock = threading.Lock()  # guards _bell_button
         self._core.connect(address)
 
     def run(self) -> None:
         """Serves plans. A new connection to the core, the first or after the core came back, begins with a hello."""
         self._thread = threading.get_ident()
         poller = zmq.Poller()
-        for socket in (self._connections, self._handover_in, self._core):
+        for socket in (self._connections, self._bell, self._core):
             poller.register(socket, zmq.POLLIN)
         while True:
             ready = dict(poller.poll())
             if self._connections in ready:
                 self._connections.recv_multipart()
                 self._core.send_multipart(encode(WorkerHello(self._group, self._executor.facts)))
-            if self._handover_in in ready:
-                frames = self._handover_in.recv_multipart()
-                if frames == [b""]:
+            if self._bell in ready:
+                self._bell.recv()
+                answer = self._left_here.popleft()
+                if answer is None:
                     return
-                self._answer(decode(frames))
+                self._answer(answer)
             if self._core in ready:
                 self._receive(self._core.recv_multipart())
 
     def stop(self) -> None:
         """Makes run() return once the step at hand is done. From any thread."""
-        with self._handover_lock:
-            self._handover_out.send_multipart([b""])
+        self._leave(None)
 
     def close(self) -> None:
         """After run() has returned and the executor is closed."""
@@ -91,11 +92,14 @@ class Link:
         if threading.get_ident() == self._thread:
             self._answer(answer)
         else:
-            with self._handover_lock:
-                self._handover_out.send_multipart(encode(answer))
+            self._leave(answer)
 
-    def _answer(self, answer: Message) -> None:
-        assert isinstance(answer, StepResult | StepFailed)
+    def _leave(self, answer: StepResult | StepFailed | None) -> None:
+        self._left_here.append(answer)
+        with self._bell_lock:
+            self._bell_button.send(b"")
+
+    def _answer(self, answer: StepResult | StepFailed) -> None:
         epoch = answer.header.epoch if isinstance(answer, StepResult) else answer.epoch
         if epoch != self._epoch:
             return

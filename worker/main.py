@@ -84,6 +84,9 @@ def make_executor(config: WorkerConfig) -> Executor:
         from worker.sim_executor import SimExecutor
 
         return SimExecutor.of(config, model_dir)
+    # Read when torch is loaded. By default its idle threads spin, and on processors that others want too that made steps ten
+    # times as long; sleeping ones wake up some microseconds later.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     from worker.model_executor import ModelExecutor
 
     assert model_dir is not None

@@ -50,9 +50,7 @@ class ModelExecutor:
         pool = _size_pool(config, shape, dtype, device)
         if pool.lowered_from is not None and isinstance(shape.rope, LongRope):
             model, shape = load_model(model_dir, dtype, device, pool.max_model_len)  # its angles depend on the length
-        kv = KVStorage(
-            shape.num_layers, pool.num_blocks, shape.num_kv_heads, pool.block_size, shape.head_dim, dtype, device
-        )
+        kv = KVStorage(shape.num_layers, pool.num_blocks, shape.num_kv_heads, pool.block_size, shape.head_dim, dtype, device)
         facts = _facts(config, shape, pool, dtype, device, threads, model.num_parameters)
         executor = ModelExecutor(model, kv, facts, device)
         executor._rehearse()

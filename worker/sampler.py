@@ -112,8 +112,8 @@ def _kth_best(scores_MV: Tensor, rows: NDArray[np.intp], top_k: I32) -> Tensor:
 def _nucleus_edge(scores_MV: Tensor, rows: NDArray[np.intp], top_p: F32, width: int) -> Tensor:
     """Score of the last token of each row's nucleus: the best tokens before which less than top_p of the mass lies."""
     scores = scores_MV[rows]
-    mass = torch.exp(scores - scores.amax(dim=-1, keepdim=True)).double()
-    wanted = torch.from_numpy(top_p.astype(np.float64)).to(mass.device) * mass.sum(dim=-1)
+    mass = torch.exp(scores - scores.amax(dim=-1, keepdim=True))
+    wanted = torch.from_numpy(top_p.astype(np.float64)).to(mass.device) * mass.sum(dim=-1, dtype=torch.float64)
     best = scores.topk(width, dim=-1).values
     edge, inside = _edge_of(best, wanted)
     outgrown = torch.nonzero(~inside)[:, 0]

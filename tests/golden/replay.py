@@ -70,10 +70,11 @@ class Tracer:
             yield from self._heard(driver, f"result {driver.core.epoch}.{step}", driver.answer)
 
     def turn(self, driver: CoreDriver, times: str = "1") -> Iterator[str]:
-        """A plan, and the answer of the one before."""
+        """A plan, and the answer of the one before. When no plan can be made, only the answer."""
         for _ in range(int(times)):
+            before = len(driver.core.in_flight)
             yield from self.plan(driver)
-            if len(driver.core.in_flight) == 2 or (driver.core.in_flight and not driver.core.running().size):
+            if before and len(driver.core.in_flight) in (before, 2):
                 yield from self.answer(driver)
 
     def cancel(self, driver: CoreDriver, name: str) -> Iterator[str]:
@@ -151,7 +152,9 @@ def _list(numbers: Iterable[int]) -> str:
 def random_inputs(policy: str, seed: int, length: int = 400) -> str:
     """Seeded inputs of all kinds, on a pool that is small enough for preemption."""
     rng = random.Random(seed)
-    lines = [f"> core policy={policy} max_batch_rows=6 max_step_tokens={rng.choice([7, 16, 31])} num_blocks=20 max_model_len=60"]
+    lines = [
+        f"> core policy={policy} max_batch_rows=6 max_step_tokens={rng.choice([7, 16, 31])} num_blocks=20 max_model_len=60"
+    ]
     alive: list[str] = []
     for number in range(length):
         match rng.choices(["add", "turn", "plan", "cancel", "truncate", "lost"], [30, 100, 10, 5, 3, 1])[0]:

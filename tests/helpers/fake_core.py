@@ -184,6 +184,12 @@ class FakeCore:
     def num_requests(self) -> int:
         return self.call(lambda: len(self._requests))
 
+    def forget(self) -> None:
+        """What was heard so far."""
+        self._unclaimed.clear()
+        while not self.heard.empty():
+            self.heard.get()
+
     def wait_for(self, kind: type[MessageT], matches: Callable[[MessageT], bool] = lambda message: True) -> MessageT:
         """The next message of this kind that a front end says, or has said and nobody waited for."""
         for i, message in enumerate(self._unclaimed):
@@ -261,7 +267,9 @@ class FakeCore:
 
     def _add(self, peer: bytes, add: AddRequest) -> None:
         refused = self.refuse(add)
-        if refused is None and any(request.add.header.request_id == add.header.request_id for request in self._requests.values()):
+        if refused is None and any(
+            request.add.header.request_id == add.header.request_id for request in self._requests.values()
+        ):
             refused = Refused(add.header.handle, "ALREADY_EXISTS", f"request_id {add.header.request_id!r} is alive")
         if refused is not None:
             self._send(peer, refused)

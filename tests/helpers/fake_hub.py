@@ -58,9 +58,7 @@ class FakeHub:
                 return self._file(handler, revisions, revision, file, with_body)
         self._refuse(handler, "RepoNotFound")
 
-    def _describe(
-        self, handler: BaseHTTPRequestHandler, name: str, revisions: dict[str, Path], revision: str
-    ) -> None:
+    def _describe(self, handler: BaseHTTPRequestHandler, name: str, revisions: dict[str, Path], revision: str) -> None:
         if revision not in revisions:
             return self._refuse(handler, "RevisionNotFound")
         siblings = [{"rfilename": file.name} for file in sorted(revisions[revision].iterdir())]

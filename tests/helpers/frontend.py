@@ -26,14 +26,17 @@ _OPTIONS = [("grpc.max_receive_message_length", 64 << 20), ("grpc.max_send_messa
 class Frontend:
     """A running front end and one connection to it."""
 
-    def __init__(self, model_dir: Path, core_endpoint: str, **options: Any) -> None:
-        self._port = ReservedPort("127.0.0.1", 0)
-        self.target = f"127.0.0.1:{self._port.port}"
+    def __init__(self, model_dir: Path, core_endpoint: str, port: int | None = None, **options: Any) -> None:
+        """port: one that another front end listens on already."""
+        self._reserved = ReservedPort("127.0.0.1", 0) if port is None else None
+        port = self._reserved.port if self._reserved is not None else port
+        assert port is not None
+        self.target = f"127.0.0.1:{port}"
         self._log = tempfile.NamedTemporaryFile("w+", prefix="carousel-frontend-", suffix=".log")  # noqa: SIM115
         config = FrontendConfig(
             core_endpoint=core_endpoint,
             host="127.0.0.1",
-            port=self._port.port,
+            port=port,
             model_dir=str(model_dir),
             served_model_name="tiny",
             **options,
@@ -74,7 +77,8 @@ class Frontend:
         self.channel.close()
         self.process.kill()
         self.process.wait()
-        self._port.close()
+        if self._reserved is not None:
+            self._reserved.close()
         self._log.close()
 
 

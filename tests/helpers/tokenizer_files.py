@@ -39,7 +39,14 @@ def with_bos(tokenizer: Tokenizer) -> Tokenizer:
 def sentencepiece_like(decoder: decoders.Decoder | None = None) -> Tokenizer:
     """Llama 2's kind: ▁ for spaces, byte tokens for what the vocabulary lacks."""
     vocabulary = {"<unk>": 0, "<s>": 1, "</s>": 2}
-    for piece in [f"<0x{byte:02X}>" for byte in range(256)] + ["▁", *"abcdefghijklmnopqrstuvwxyz.,é", "▁▁", "th", "▁th", "▁the"]:
+    for piece in [f"<0x{byte:02X}>" for byte in range(256)] + [
+        "▁",
+        *"abcdefghijklmnopqrstuvwxyz.,é",
+        "▁▁",
+        "th",
+        "▁th",
+        "▁the",
+    ]:
         vocabulary[piece] = len(vocabulary)
     merges = [("▁", "▁"), ("t", "h"), ("▁", "th")]
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))

@@ -112,4 +112,6 @@ class LongBlockPoolMachine(BlockPoolMachine):
 TestBlockPool = BlockPoolMachine.TestCase
 TestBlockPool.settings = settings(max_examples=300, stateful_step_count=40, deadline=None, derandomize=True, database=None)
 TestBlockPoolForLong = pytest.mark.slow(LongBlockPoolMachine.TestCase)
-TestBlockPoolForLong.settings = settings(max_examples=1500, stateful_step_count=80, deadline=None, database=None)
+TestBlockPoolForLong.settings = settings(
+    max_examples=1500, stateful_step_count=80, deadline=None, database=None, print_blob=True
+)

@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
 import zmq
 
 from tests.helpers.checkpoints import make_checkpoint
@@ -31,7 +30,6 @@ def run(*options: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    torch.set_num_threads(2)
     return make_checkpoint(tmp_path_factory.mktemp("llama"), "llama")
 
 
@@ -168,7 +166,7 @@ def test_a_simulated_worker_takes_its_shape_from_a_model_directory(core: Core, c
 
 
 def test_a_worker_with_a_model_says_hello_and_computes(core: Core, checkpoint: Path) -> None:
-    facts = core.start("--model", str(checkpoint), "--device", "cpu", "--threads", "2").facts
+    facts = core.start("--model", str(checkpoint), "--device", "cpu", "--threads", "1").facts
     assert facts.device == "cpu" and facts.max_model_len == 512
     maker = PlanMaker(facts, epoch=4)
     maker.start(0, [5, 6, 7])

@@ -23,7 +23,6 @@ VOCAB = 384
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    torch.set_num_threads(2)
     return make_checkpoint(tmp_path_factory.mktemp("llama"), "llama")
 
 
@@ -39,7 +38,7 @@ def references(checkpoint: Path, prompts: list[list[int]]) -> list[Reference]:
 
 
 def config(**options: object) -> WorkerConfig:
-    defaults = {"connect": "ipc://x", "model": "m", "device": "cpu", "threads": 2, "block_size": 16, "num_blocks": 60}
+    defaults = {"connect": "ipc://x", "model": "m", "device": "cpu", "threads": 1, "block_size": 16, "num_blocks": 60}
     return WorkerConfig(**(defaults | {"max_batch_rows": 8, "max_step_tokens": 256, "max_model_len": 128} | options))
 
 

@@ -194,7 +194,7 @@ class LongStaticMachine(StaticMachine):
 
 
 _quick = settings(max_examples=300, stateful_step_count=40, deadline=None, derandomize=True, database=None)
-_long = settings(max_examples=3000, stateful_step_count=100, deadline=None, database=None)
+_long = settings(max_examples=1500, stateful_step_count=100, deadline=None, database=None, print_blob=True)
 
 TestContinuous = CoreMachine.TestCase
 TestStatic = StaticMachine.TestCase

@@ -41,7 +41,7 @@ def first_match(text: str, strings: list[str]) -> tuple[str, int] | None:
     return None
 
 
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=300, deadline=None)
 @given(strings=STRINGS, pieces=st.lists(st.text(ALPHABET, max_size=5), max_size=12))
 def test_the_first_match_is_found_however_the_text_is_cut(strings: list[str], pieces: list[str]) -> None:
     matcher, done = StopStrings(strings), 0
@@ -95,7 +95,7 @@ def twin(strings: list[str], steps: list[tuple[str, str]], tail: str, include_st
     return Twin(kept, list(range(num_tokens)), stop)
 
 
-@settings(max_examples=800, deadline=None)
+@settings(max_examples=400, deadline=None)
 @given(
     strings=STRINGS,
     steps=STEPS,

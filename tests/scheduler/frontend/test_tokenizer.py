@@ -75,7 +75,14 @@ def test_vocab_and_merges_give_the_ids_of_transformers(config: dict[str, Any], t
 
 def test_opt_begins_prompts_with_its_own_bos(tmp_path: Path) -> None:
     """As facebook/opt-* is written: AddedToken dictionaries, `</s>` as BOS."""
-    token = {"__type": "AddedToken", "content": "</s>", "lstrip": False, "normalized": True, "rstrip": False, "single_word": False}
+    token = {
+        "__type": "AddedToken",
+        "content": "</s>",
+        "lstrip": False,
+        "normalized": True,
+        "rstrip": False,
+        "single_word": False,
+    }
     config = {"add_bos_token": True, "bos_token": token, "eos_token": token, "unk_token": token}
     tokenizer = Tokenizer.load(files.save_vocab_and_merges(tmp_path, config))
     token_ids = tokenizer.encode("fox").ids
@@ -96,12 +103,13 @@ def test_truncation_and_padding_written_into_the_file_do_not_act(tmp_path: Path)
     backend.enable_truncation(4)
     backend.enable_padding(length=16)
     tokenizer = Tokenizer.load(files.save(backend, tmp_path))
-    assert 4 < len(tokenizer.encode("The quick brown fox").ids) < 16
+    assert tokenizer.encode("The quick brown fox").ids == files.byte_level().encode("The quick brown fox").ids
+    assert tokenizer.encode("fox " * 50).ids == files.byte_level().encode("fox " * 50).ids
 
 
 def test_no_tokenizer_is_said_with_what_to_do(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(ModelFilesError, match="AutoTokenizer.*save_pretrained") as caught:
+    with pytest.raises(ModelFilesError, match=r"AutoTokenizer.*save_pretrained") as caught:
         Tokenizer.load(tmp_path)
     assert "\n" not in str(caught.value)
 
@@ -137,7 +145,9 @@ def test_no_text_has_fewer_tokens_than_its_bytes_need(kind: str) -> None:
     rng = random.Random(5)
     vocabulary = list(backend.get_vocab())
     for _ in range(300):
-        pieces = [rng.choice([rng.choice(vocabulary), " ", "   ", "é", "🦊", "e\u0301", "\n"]) for _ in range(rng.randint(0, 30))]
+        pieces = [
+            rng.choice([rng.choice(vocabulary), " ", "   ", "é", "🦊", "e\u0301", "\n"]) for _ in range(rng.randint(0, 30))
+        ]
         text = "".join(pieces)
         assert len(text.encode()) <= longest * len(backend.encode(text).ids)
 
@@ -174,22 +184,19 @@ def test_no_bound_is_given_where_text_may_be_dropped(backend: Backend) -> None:
 
 
 def test_tokenizing_leaves_the_interpreter_to_others() -> None:
-    """The event loop goes on while a long prompt is tokenized: this thread counts while the other one works."""
+    """The event loop goes on while a long prompt is tokenized: this thread gets many turns before the other one is done."""
     tokenizer = Tokenizer(files.byte_level())
     text = files.TEXT[0] * 20_000
     done = threading.Event()
-    started = threading.Event()
 
     def work() -> None:
-        started.set()
         tokenizer.encode(text)
         done.set()
 
     thread = threading.Thread(target=work)
     thread.start()
-    started.wait()
-    count = 0
-    while not done.is_set():
-        count += 1
+    turns = 0
+    while not done.wait(0.001):  # each takes the interpreter anew
+        turns += 1
     thread.join()
-    assert count > 1000
+    assert turns >= 20

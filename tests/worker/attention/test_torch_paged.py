@@ -70,7 +70,7 @@ class Case:
         return (backend or TorchPagedAttention()).attend(self.q_THD, self.kv_layer, inputs, self.scale)
 
 
-def close(got: Tensor, expected: Tensor, tolerance: float = 2e-6) -> None:
+def close(got: Tensor, expected: Tensor, tolerance: float = 5e-6) -> None:
     assert got.shape == expected.shape and got.dtype == expected.dtype
     torch.testing.assert_close(got, expected, atol=tolerance, rtol=0)
 
@@ -91,7 +91,7 @@ def test_dense_attention_is_scaled_dot_product_attention_of_torch() -> None:
 @pytest.mark.parametrize("device", DEVICES)
 def test_chunks_and_single_tokens_mixed_in_one_step(device: str) -> None:
     case = Case(MIXED, device=device)
-    close(case.paged(), case.dense(), 2e-6 if device == "cpu" else 1e-4)
+    close(case.paged(), case.dense(), 5e-6 if device == "cpu" else 1e-4)
 
 
 @pytest.mark.parametrize("head_dim", [32, 48, 64, 80, 96, 112, 128])
@@ -153,7 +153,7 @@ def test_the_size_of_the_groups_changes_nothing() -> None:
 def test_one_backend_serves_steps_of_changing_size_and_dtype() -> None:
     backend = TorchPagedAttention()
     for case in (Case([(1, 5)]), Case(MIXED), Case([(2, 3)], dtype=torch.bfloat16), Case([(1, 40)] * 3)):
-        close(case.paged(backend), case.dense(), 1e-2 if case.q_THD.dtype == torch.bfloat16 else 2e-6)
+        close(case.paged(backend), case.dense(), 1e-2 if case.q_THD.dtype == torch.bfloat16 else 5e-6)
 
 
 def test_an_empty_step_gives_nothing() -> None:

@@ -1,0 +1,521 @@
+"""Generation over real gRPC and ZeroMQ, with a core that invents tokens."""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+from google.protobuf.message import Message
+from google.rpc import error_details_pb2
+from grpc_status import rpc_status
+
+from carousel.v1 import generation_pb2 as pb
+from scheduler.frontend.tokenizer import Tokenizer
+from tests.helpers.fake_core import PATIENCE_S, FakeCore, ready_facts, worker_facts
+from tests.helpers.frontend import Frontend, running
+from wire import AbortRequest, AddRequest, EndReason, Refused, TruncateRequest
+
+EOS = 1  # of the test model
+
+
+@pytest.fixture(scope="module")
+def tokenizer(model_dir: Path) -> Tokenizer:
+    return Tokenizer.load(model_dir)
+
+
+@dataclass
+class Got:
+    """A whole stream, put together; offsets and order are checked on the way."""
+
+    prompt: pb.Delta | None = None
+    tokens: list[int] = field(default_factory=list)
+    text: str = ""
+    finished: pb.Finished | None = None
+    summary: pb.Summary | None = None
+    num_deltas: int = 0
+
+    def take(self, message: pb.GenerateResponse) -> None:
+        assert self.summary is None, "the summary is last"
+        match message.WhichOneof("event"):
+            case "delta" if message.delta.is_prompt:
+                assert self.num_deltas == 0 and self.prompt is None
+                self.prompt = message.delta
+            case "delta":
+                assert self.finished is None
+                assert message.delta.token_offset == len(self.tokens)
+                assert message.delta.text_offset == len(self.text.encode())
+                assert message.delta.token_ids or message.delta.text, "an empty delta"
+                self.tokens += message.delta.token_ids
+                self.text += message.delta.text
+                self.num_deltas += 1
+            case "finished":
+                self.finished = message.finished
+            case "summary":
+                assert self.finished is not None
+                self.summary = message.summary
+
+    @property
+    def reason(self) -> int:
+        assert self.finished is not None
+        return self.finished.reason
+
+
+def collect(stream: Iterable[pb.GenerateResponse]) -> Got:
+    got = Got()
+    for message in stream:
+        got.take(message)
+    return got
+
+
+def failure(stream: Iterable[pb.GenerateResponse], got: Got | None = None) -> grpc.RpcError:
+    """What the stream ends with; `got` takes what came before."""
+    with pytest.raises(grpc.RpcError) as caught:
+        for message in stream:
+            (got or Got()).take(message)
+    return caught.value
+
+
+def details(error: grpc.RpcError) -> dict[str, Message]:
+    """The google.rpc details, by their type's name."""
+    found: dict[str, Message] = {}
+    for packed in rpc_status.from_call(error).details:
+        message = getattr(error_details_pb2, packed.TypeName().rpartition(".")[2])()
+        packed.Unpack(message)
+        found[type(message).__name__] = message
+    return found
+
+
+def bad_field(error: grpc.RpcError) -> str:
+    [violation] = details(error)["BadRequest"].field_violations
+    assert violation.description
+    return violation.field
+
+
+def make(prompt: str | list[int] = "The quick brown fox", **options: Any) -> pb.GenerateRequest:
+    request = pb.GenerateRequest(stopping=pb.StoppingParams(max_tokens=options.pop("max_tokens", 12)))
+    for name, value in options.items():
+        for group in (request, request.stopping, request.sampling, request.output, request.scheduling):
+            if name in group.DESCRIPTOR.fields_by_name:
+                if isinstance(value, list):
+                    getattr(group, name).extend(value)
+                else:
+                    setattr(group, name, value)
+                break
+        else:
+            raise AssertionError(name)
+    if isinstance(prompt, str):
+        request.text = prompt
+    else:
+        request.token_ids.ids.extend(prompt)
+    return request
+
+
+def script(*tokens: int) -> Callable[[AddRequest], Iterator[int]]:
+    """These tokens, then the last one for ever."""
+    return lambda add: itertools.chain(tokens, itertools.repeat(tokens[-1]))
+
+
+def of_text(tokenizer: Tokenizer, text: str) -> list[int]:
+    return tokenizer.encode(text).ids[1:]  # without BOS
+
+
+# --------------------------------------------------------------------------------------------------------- what comes
+
+
+def test_a_stream_is_deltas_finished_summary(core: FakeCore, frontend: Frontend, tokenizer: Tokenizer) -> None:
+    got = collect(frontend.generation.Generate(make(request_id="mine", seed=77, max_tokens=9)))
+    prompt = tokenizer.encode("The quick brown fox").ids
+    assert got.tokens == list(itertools.islice(itertools.cycle(prompt), 9))
+    assert got.text == tokenizer.decode([prompt[-1], *got.tokens]).removeprefix(tokenizer.decode([prompt[-1]]))
+    assert got.reason == pb.FINISH_REASON_LENGTH and not got.finished.HasField("stop_match")
+    usage, timing = got.summary.usage, got.summary.timing
+    assert got.summary.request_id == "mine"
+    assert (usage.prompt_tokens, usage.output_tokens) == (7, 9)
+    assert (timing.queued_ns, timing.prefill_ns, timing.decode_ns, timing.time_to_first_token_ns) == (1, 2, 3, 4)
+    assert (timing.block_seconds, timing.seed) == (0.5, 77)
+
+
+def test_the_core_gets_the_request_as_it_was_meant(core: FakeCore, frontend: Frontend, tokenizer: Tokenizer) -> None:
+    sampling = dict(temperature=0.5, top_k=10, top_p=0.5, min_p=0.25, seed=2**64 - 1)
+    stopping = dict(max_tokens=5, min_tokens=2, stop_token_ids=[9])
+    priority = pb.PRIORITY_CLASS_INTERACTIVE
+    request = make("fox", request_id="whole", priority=priority, **sampling, **stopping)
+    collect(frontend.generation.Generate(request))
+    add = core.wait_for(AddRequest, lambda add: add.header.request_id == "whole")
+    assert add.prompt.tolist() == tokenizer.encode("fox").ids
+    assert (add.header.max_tokens, add.header.priority) == (5, 3)
+    spec = add.header.sampling
+    assert (spec.temperature, spec.top_k, spec.top_p, spec.min_p, spec.seed) == (0.5, 10, 0.5, 0.25, 2**64 - 1)
+    assert (spec.min_tokens, spec.stop_token_ids) == (2, (9, EOS))
+
+
+def test_token_ids_are_used_as_they_are(core: FakeCore, frontend: Frontend) -> None:
+    request = make([7, 300, 5], request_id="ids")
+    collect(frontend.generation.Generate(request))
+    assert core.wait_for(AddRequest, lambda add: add.header.request_id == "ids").prompt.tolist() == [7, 300, 5]
+
+
+def test_absent_max_tokens_is_left_to_the_core(core: FakeCore, frontend: Frontend) -> None:
+    core.script = script(50, EOS)
+    request = pb.GenerateRequest(text="fox", request_id="open")
+    assert collect(frontend.generation.Generate(request)).reason == pb.FINISH_REASON_STOP
+    assert core.wait_for(AddRequest, lambda add: add.header.request_id == "open").header.max_tokens == 0
+
+
+def test_the_drawn_seed_and_the_made_id_are_told(core: FakeCore, frontend: Frontend) -> None:
+    summary = collect(frontend.generation.Generate(make())).summary
+    add = core.wait_for(AddRequest, lambda add: add.header.request_id == summary.request_id)
+    assert add.header.sampling.seed == summary.timing.seed
+
+
+def test_characters_are_never_split(core: FakeCore, frontend: Frontend, tokenizer: Tokenizer) -> None:
+    text = "naïve 東京 🦊🦊 \U0001f468\u200d\U0001f469\u200d\U0001f467"
+    tokens = of_text(tokenizer, text)
+    core.script = script(*tokens, EOS)
+    core.hold()
+    stream = frontend.generation.Generate(make(max_tokens=100))
+    core.wait_for(AddRequest)
+    got = Got()
+    for _ in tokens:
+        core.step()
+        got.take(next(stream))  # one token a message, complete characters or none
+    assert got.num_deltas == len(tokens)
+    core.step()
+    for message in stream:
+        got.take(message)
+    assert (got.text, got.tokens) == (text, tokens)
+
+
+def test_an_incomplete_character_at_the_end_becomes_a_replacement(
+    core: FakeCore, frontend: Frontend, tokenizer: Tokenizer
+) -> None:
+    tokens = of_text(tokenizer, "\N{SPOUTING WHALE}")
+    core.script = script(*tokens)
+    got = collect(frontend.generation.Generate(make(max_tokens=len(tokens) - 1)))
+    assert (got.text, got.tokens) == ("\N{REPLACEMENT CHARACTER}", tokens[:-1])
+
+
+def test_no_text_when_none_is_wanted(core: FakeCore, frontend: Frontend) -> None:
+    request = make([9, 10, 11], max_tokens=6)
+    request.output.text = False
+    got = collect(frontend.generation.Generate(request))
+    assert (got.tokens, got.text) == ([9, 10, 11, 9, 10, 11], "")
+
+
+@pytest.mark.parametrize("with_text", [True, False])
+@pytest.mark.parametrize("prompt", ["The quick brown fox", [300, 50, 51]])
+def test_echo_sends_the_prompt_first(
+    prompt: str | list[int], with_text: bool, core: FakeCore, frontend: Frontend, tokenizer: Tokenizer
+) -> None:
+    request = make(prompt, echo=True)
+    request.output.text = with_text
+    got = collect(frontend.generation.Generate(request))
+    token_ids = tokenizer.encode(prompt).ids if isinstance(prompt, str) else prompt
+    text = prompt if isinstance(prompt, str) else tokenizer.decode(prompt)
+    assert got.prompt is not None
+    assert (list(got.prompt.token_ids), got.prompt.text) == (token_ids, text if with_text else "")
+    assert len(got.tokens) == 12
+
+
+def test_without_echo_there_is_no_prompt(core: FakeCore, frontend: Frontend) -> None:
+    assert collect(frontend.generation.Generate(make())).prompt is None
+
+
+# ------------------------------------------------------------------------------------------------------------ stopping
+
+
+def test_an_end_token_is_left_out(core: FakeCore, frontend: Frontend) -> None:
+    core.script = script(50, 51, EOS)
+    got = collect(frontend.generation.Generate(make()))
+    assert got.tokens == [50, 51]
+    assert got.reason == pb.FINISH_REASON_STOP and got.finished.stop_match.token_id == EOS
+    assert got.summary.usage.output_tokens == 3, "the end token was computed"
+
+
+def test_include_stop_leaves_the_stop_token_in(core: FakeCore, frontend: Frontend, tokenizer: Tokenizer) -> None:
+    core.script = script(50, 51, 52)
+    got = collect(frontend.generation.Generate(make(stop_token_ids=[52], include_stop=True)))
+    assert (got.tokens, got.text) == ([50, 51, 52], tokenizer.decode([50, 51, 52]))
+    assert got.finished.stop_match.token_id == 52
+
+
+def test_ignore_eos_goes_on_after_the_end_token(core: FakeCore, frontend: Frontend) -> None:
+    core.script = script(50, EOS, 51)
+    got = collect(frontend.generation.Generate(make(ignore_eos=True, max_tokens=4)))
+    assert got.tokens == [50, EOS, 51, 51] and got.reason == pb.FINISH_REASON_LENGTH
+
+
+@pytest.mark.parametrize("include_stop", [False, True])
+@pytest.mark.parametrize("with_text", [False, True])
+def test_a_stop_string_across_tokens_ends_the_output(
+    include_stop: bool, with_text: bool, core: FakeCore, frontend: Frontend, tokenizer: Tokenizer
+) -> None:
+    pieces = [of_text(tokenizer, text) for text in ("one ", "two", " EN", "D and", " on")]
+    tokens = [token for piece in pieces for token in piece]
+    core.script = script(*tokens)
+    core.hold()
+    request = make(stop=["never", "END"], include_stop=include_stop, max_tokens=100, request_id=f"s{include_stop}{with_text}")
+    request.output.text = with_text
+    stream = frontend.generation.Generate(request)
+    add = core.wait_for(AddRequest, lambda add: add.header.request_id == request.request_id)
+    core.step(len(tokens))
+    got = collect(stream)
+    kept = "one two END" if include_stop else "one two "
+    whole = next(n for n in range(len(tokens) + 1) if "END" in tokenizer.decode(tokens[:n]))
+    assert got.text == (kept if with_text else "")
+    assert got.tokens == tokens[: len(got.tokens)]
+    decoded = tokenizer.decode(got.tokens)
+    assert len(tokenizer.decode(got.tokens[:-1])) < len(kept) <= len(decoded), "the last token is the last with kept text"
+    assert got.reason == pb.FINISH_REASON_STOP and got.finished.stop_match.stop == "END"
+    assert got.summary.usage.output_tokens == whole
+    truncate = core.wait_for(TruncateRequest)
+    assert (truncate.handle, truncate.num_output_tokens) == (add.header.handle, whole)
+
+
+def test_what_may_become_a_stop_string_is_held_back(core: FakeCore, frontend: Frontend, tokenizer: Tokenizer) -> None:
+    tokens = [*of_text(tokenizer, "E"), *of_text(tokenizer, "N"), *of_text(tokenizer, "x")]
+    core.script = script(*tokens)
+    got = collect(frontend.generation.Generate(make(stop=["END"], max_tokens=3)))
+    assert (got.text, got.tokens, got.num_deltas) == ("ENx", tokens, 1)
+    assert got.reason == pb.FINISH_REASON_LENGTH
+
+
+def test_held_back_text_comes_at_the_end(core: FakeCore, frontend: Frontend, tokenizer: Tokenizer) -> None:
+    core.script = script(*of_text(tokenizer, "E"), *of_text(tokenizer, "N"))
+    got = collect(frontend.generation.Generate(make(stop=["END"], max_tokens=2)))
+    assert got.text == "EN" and len(got.tokens) == 2
+
+
+def test_a_stop_string_in_the_last_token_is_a_stop(core: FakeCore, frontend: Frontend, tokenizer: Tokenizer) -> None:
+    core.script = script(*of_text(tokenizer, "x"), *of_text(tokenizer, "!"))
+    got = collect(frontend.generation.Generate(make(stop=["!"], max_tokens=2)))
+    assert (got.text, got.reason, got.finished.stop_match.stop) == ("x", pb.FINISH_REASON_STOP, "!")
+
+
+# ------------------------------------------------------------------------------------------------------------- errors
+
+
+@pytest.mark.parametrize(
+    ("request_", "field"),
+    [
+        (pb.GenerateRequest(), "prompt"),
+        (make(""), "prompt"),
+        (make([]), "prompt"),
+        (make([600]), "prompt.token_ids"),
+        (make([5] * 256), "prompt"),
+        (make([5] * 250, max_tokens=7), "stopping.max_tokens"),
+        (make("fox " * 300), "prompt"),
+        (make("fox", max_tokens=256), "stopping.max_tokens"),
+        (make(top_p=1.5), "sampling.top_p"),
+        (make(temperature=float("nan")), "sampling.temperature"),
+        (make(priority=9), "scheduling.priority"),
+        (make(request_id="x" * 129), "request_id"),
+        (make(stop=["x"] * 17), "stopping.stop"),
+    ],
+)
+def test_bad_requests_name_the_field(request_: pb.GenerateRequest, field: str, core: FakeCore, frontend: Frontend) -> None:
+    error = failure(frontend.generation.Generate(request_))
+    assert error.code() is grpc.StatusCode.INVALID_ARGUMENT
+    assert bad_field(error) == field
+    assert error.details()
+
+
+def test_what_is_not_supported_is_said_by_name(core: FakeCore, frontend: Frontend) -> None:
+    error = failure(frontend.generation.Generate(make(num_outputs=2)))
+    assert error.code() is grpc.StatusCode.UNIMPLEMENTED
+    assert bad_field(error) == "sampling.num_outputs" and "sampling.num_outputs" in error.details()
+
+
+@pytest.mark.parametrize("code", ["RESOURCE_EXHAUSTED", "UNAVAILABLE"])
+def test_the_cores_refusal_says_when_to_come_again(code: str, core: FakeCore, frontend: Frontend) -> None:
+    core.refuse = lambda add: Refused(add.header.handle, code, "much to do", retry_after_ns=1_500_000_000)
+    error = failure(frontend.generation.Generate(make(echo=True)))
+    assert (error.code().name, error.details()) == (code, "much to do")
+    delay = details(error)["RetryInfo"].retry_delay
+    assert (delay.seconds, delay.nanos) == (1, 500_000_000)
+    assert details(error)["ErrorInfo"].domain == "carousel.v1" and details(error)["ErrorInfo"].reason
+
+
+@pytest.mark.parametrize(("code", "field"), [("FAILED_PRECONDITION", ""), ("INVALID_ARGUMENT", "prompt")])
+def test_the_cores_refusal_is_passed_on(code: str, field: str, core: FakeCore, frontend: Frontend) -> None:
+    core.refuse = lambda add: Refused(add.header.handle, code, "needs 99 blocks of 64", field)
+    error = failure(frontend.generation.Generate(make()))
+    assert (error.code().name, error.details()) == (code, "needs 99 blocks of 64")
+    if field:
+        assert bad_field(error) == field
+
+
+def test_an_id_that_is_alive_is_refused(core: FakeCore, frontend: Frontend) -> None:
+    core.hold()
+    first = frontend.generation.Generate(make(request_id="twice"))
+    core.wait_for(AddRequest, lambda add: add.header.request_id == "twice")
+    second = frontend.generation.Generate(make(request_id="twice"))
+    assert failure(second).code() is grpc.StatusCode.ALREADY_EXISTS
+    core.hold(False)
+    assert len(collect(first).tokens) == 12
+
+
+def test_our_own_fault_is_an_id_that_stands_in_the_log(core: FakeCore, frontend: Frontend) -> None:
+    core.hold()
+    stream = frontend.generation.Generate(make(request_id="unlucky"))
+    core.wait_for(AddRequest, lambda add: add.header.request_id == "unlucky")
+    core.step()
+    core.end_all(EndReason.ERROR, "the worker failed 3 times while it ran")
+    got = Got()
+    error = failure(stream, got)
+    assert error.code() is grpc.StatusCode.INTERNAL and len(got.tokens) == 1
+    assert got.reason == pb.FINISH_REASON_ERROR
+    found = re.fullmatch(r"internal error ([0-9a-f]{12}); the server's log says more", error.details())
+    assert found
+    [line] = [line for line in frontend.log().splitlines() if found[1] in line]
+    assert "unlucky" in line and "the worker failed 3 times" in line
+
+
+def test_an_exception_is_an_id_that_stands_in_the_log(core: FakeCore, frontend: Frontend) -> None:
+    core.tell(ready_facts(worker_facts(vocab_size="many")))  # type: ignore[arg-type]  # what no core says
+    frontend.wait_serving()
+    # decoding refuses such facts, so the old ones hold and the next request is served
+    assert "dropped a message from the core" in frontend.log()
+    assert len(collect(frontend.generation.Generate(make())).tokens) == 12
+
+
+def test_prompts_are_not_in_the_log(core: FakeCore, frontend: Frontend) -> None:
+    collect(frontend.generation.Generate(make("a very secret prompt")))
+    failure(frontend.generation.Generate(make("a very secret prompt", top_p=2.0)))
+    assert "secret" not in frontend.log()
+
+
+# -------------------------------------------------------------------------------------------------- leaving and cancelling
+
+
+def first_delta(core: FakeCore, frontend: Frontend, request_id: str, timeout: float | None = None) -> tuple[Any, AddRequest]:
+    """A stream whose first token has come, and whose core does nothing more by itself."""
+    core.hold()
+    stream = frontend.generation.Generate(make(request_id=request_id, max_tokens=200), timeout=timeout)
+    add = core.wait_for(AddRequest, lambda add: add.header.request_id == request_id)
+    core.step()
+    next(stream)
+    return stream, add
+
+
+def test_a_cancelled_call_aborts_its_request(core: FakeCore, frontend: Frontend) -> None:
+    stream, add = first_delta(core, frontend, "left")
+    stream.cancel()
+    core.wait_for(AbortRequest, lambda abort: abort.handle == add.header.handle)
+    assert core.num_requests() == 0
+
+
+def test_a_closed_connection_aborts_its_requests(core: FakeCore, frontend: Frontend) -> None:
+    core.hold()
+    with grpc.insecure_channel(frontend.target, [("grpc.use_local_subchannel_pool", 1)]) as channel:
+        generate = channel.unary_stream(
+            "/carousel.v1.Generation/Generate",
+            request_serializer=pb.GenerateRequest.SerializeToString,
+            response_deserializer=pb.GenerateResponse.FromString,
+        )
+        streams = [generate(make(request_id=f"gone-{i}")) for i in range(3)]
+        handles = {core.wait_for(AddRequest).header.handle for _ in streams}
+    assert {core.wait_for(AbortRequest).handle for _ in handles} == handles
+    assert core.num_requests() == 0
+
+
+def test_a_passed_deadline_aborts_the_request(core: FakeCore, frontend: Frontend) -> None:
+    stream, add = first_delta(core, frontend, "late", timeout=0.5)
+    assert failure(stream).code() is grpc.StatusCode.DEADLINE_EXCEEDED
+    core.wait_for(AbortRequest, lambda abort: abort.handle == add.header.handle)
+
+
+def test_a_finished_stream_aborts_nothing(core: FakeCore, frontend: Frontend) -> None:
+    collect(frontend.generation.Generate(make(request_id="done")))
+    add = core.wait_for(AddRequest, lambda add: add.header.request_id == "done")
+    stream, other = first_delta(core, frontend, "left too")
+    stream.cancel()
+    abort = core.wait_for(AbortRequest, lambda abort: abort.handle in (add.header.handle, other.header.handle))
+    assert abort.handle == other.header.handle
+
+
+def cancel(frontend: Frontend, request_id: str) -> int:
+    return frontend.generation.Cancel(pb.CancelRequest(request_id=request_id), timeout=PATIENCE_S).outcome
+
+
+def test_cancel_ends_the_stream_and_is_idempotent(core: FakeCore, frontend: Frontend) -> None:
+    stream, _ = first_delta(core, frontend, "cancel me")
+    assert cancel(frontend, "cancel me") == pb.CANCEL_OUTCOME_CANCELLED
+    messages = []
+    with pytest.raises(grpc.RpcError) as caught:
+        messages.extend(stream)
+    assert caught.value.code() is grpc.StatusCode.CANCELLED
+    assert messages[-1].finished.reason == pb.FINISH_REASON_CANCELLED
+    assert cancel(frontend, "cancel me") == pb.CANCEL_OUTCOME_ALREADY_FINISHED
+
+
+def test_cancel_of_the_unknown(core: FakeCore, frontend: Frontend) -> None:
+    assert cancel(frontend, "who?") == pb.CANCEL_OUTCOME_NOT_FOUND
+    with pytest.raises(grpc.RpcError) as caught:
+        cancel(frontend, "")
+    assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT and bad_field(caught.value) == "request_id"
+
+
+# ---------------------------------------------------------------------------------------------------------- many and big
+
+
+def test_a_slow_reader_gets_merged_deltas_with_the_same_content(model_dir: Path) -> None:
+    num_tokens = 40_000
+    facts = ready_facts(worker_facts(max_model_len=100_000))
+    with FakeCore(facts) as core, running(model_dir, core.endpoint) as frontend:
+        frontend.wait_serving()
+        stream = frontend.generation.Generate(make([50, 51, 52], max_tokens=num_tokens))
+        core.wait_for(AddRequest)
+        while core.num_requests():  # all tokens have been sent before the first is read
+            pass
+        got = collect(stream)
+    assert got.tokens == list(itertools.islice(itertools.cycle([50, 51, 52]), num_tokens))
+    assert got.num_deltas < num_tokens
+
+
+def test_a_10_mb_prompt_is_refused_at_once_and_disturbs_nobody(
+    core: FakeCore, frontend: Frontend, tokenizer: Tokenizer
+) -> None:
+    stream, _ = first_delta(core, frontend, "beside it")
+    error = failure(frontend.generation.Generate(make("x " * 5_000_000)))
+    assert error.code() is grpc.StatusCode.INVALID_ARGUMENT and bad_field(error) == "prompt"
+    assert "10000000 characters" in error.details()
+    error = failure(frontend.generation.Generate(make([5] * 3_000_000)))
+    assert error.code() is grpc.StatusCode.INVALID_ARGUMENT and "3000000 tokens" in error.details()
+    core.hold(False)
+    assert len(list(stream)) > 1
+
+
+def test_a_prompt_too_long_for_inline_tokenizing_is_served(core: FakeCore, frontend: Frontend, tokenizer: Tokenizer) -> None:
+    text = "def fibonacci(n):\n" * 120
+    core.tell(ready_facts(worker_facts(max_model_len=5000)))
+    request = make(text, request_id="long", max_tokens=3)
+    while failure_code(frontend, request) is not None:  # until the facts are there
+        pass
+    add = core.wait_for(AddRequest, lambda add: add.header.request_id == "long")
+    assert add.prompt.tolist() == tokenizer.encode(text).ids and len(text) > 2000
+
+
+def failure_code(frontend: Frontend, request: pb.GenerateRequest) -> grpc.StatusCode | None:
+    try:
+        list(frontend.generation.Generate(request))
+    except grpc.RpcError as error:
+        return error.code()
+    return None
+
+
+def test_a_burst_of_2000_calls_is_served(core: FakeCore, frontend: Frontend) -> None:
+    core.hold()
+    streams = [frontend.generation.Generate(make([50, 51], request_id=f"burst-{i}", max_tokens=2)) for i in range(2000)]
+    for _ in streams:
+        core.wait_for(AddRequest)
+    assert core.num_requests() == 2000
+    core.hold(False)
+    for stream in streams:
+        assert collect(stream).tokens == [50, 51]

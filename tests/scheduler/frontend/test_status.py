@@ -1,0 +1,70 @@
+"""Exceptions of handlers to statuses: ours get an id and nothing else leaves the process."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import grpc
+import grpc.aio
+import pytest
+
+from scheduler.errors import InvalidFieldError
+from scheduler.frontend.server.status import answers_with_status, to_status
+
+
+class Context:
+    """As much of a call as the wrapper touches."""
+
+    def __init__(self, done: bool = False) -> None:
+        self.status: grpc.Status | None = None
+        self._done = done
+
+    def done(self) -> bool:
+        return self._done
+
+    async def abort_with_status(self, status: grpc.Status) -> None:
+        self.status = status
+        raise grpc.aio.AbortError
+
+
+def call(error: BaseException | None, context: Context) -> Any:
+    @answers_with_status
+    async def handler(servicer: None, request: str, context: Context) -> str:
+        if error is not None:
+            raise error
+        return request
+
+    return asyncio.run(handler(None, "answer", context))
+
+
+def test_an_answer_passes() -> None:
+    assert call(None, Context()) == "answer"
+
+
+def test_an_unforeseen_exception_is_internal_and_its_text_stays_in_the_log(caplog: pytest.LogCaptureFixture) -> None:
+    context = Context()
+    with pytest.raises(grpc.aio.AbortError):
+        call(ValueError("the secret path"), context)
+    assert context.status is not None and context.status.code is grpc.StatusCode.INTERNAL
+    assert "secret" not in context.status.details
+    error_id = context.status.details.removeprefix("internal error ").partition(";")[0]
+    assert error_id in caplog.text and "the secret path" in caplog.text
+
+
+def test_a_request_error_becomes_its_status() -> None:
+    context = Context()
+    with pytest.raises(grpc.aio.AbortError):
+        call(InvalidFieldError("sampling.top_p", "is wrong"), context)
+    assert context.status == to_status(InvalidFieldError("sampling.top_p", "is wrong"))
+    assert context.status.code is grpc.StatusCode.INVALID_ARGUMENT and context.status.details == "sampling.top_p is wrong"
+
+
+@pytest.mark.parametrize("error", [ValueError("the stream is closed"), asyncio.CancelledError()])
+def test_an_exception_after_the_reader_has_gone_is_a_cancelled_call(
+    error: BaseException, caplog: pytest.LogCaptureFixture
+) -> None:
+    context = Context(done=True)
+    with pytest.raises(asyncio.CancelledError):
+        call(error, context)
+    assert context.status is None and not caplog.records
