@@ -7,10 +7,15 @@ from __future__ import annotations
 
 import contextlib
 import os
+import queue
+import signal
 import sys
+import threading
 import time
-from collections.abc import Sequence
+import uuid
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import TracebackType
 from typing import Any, NoReturn
 
 import click
@@ -203,33 +208,28 @@ def generate(
         raise click.UsageError(
             "say what to continue with one of --prompt TEXT, --file F, --token-ids 1,2,3, and - for standard input"
         )
-    started_s = time.monotonic()
+    words = token_ids if token_ids is not None else prompt if prompt is not None else _read(file or "-")
+    started_s, request_id = time.monotonic(), str(uuid.uuid4())
     output = _Output(as_json)
-    with CarouselClient(target) as client:
-        stream = None
+    with CarouselClient(target) as client, _CtrlC(lambda: _interrupted(client, request_id, output)):
+        stream = _send(client, words, request_id, timeout, parameters)
         try:
-            words = token_ids if token_ids is not None else prompt if prompt is not None else _read(file or "-")
-            stream = _send(client, words, timeout, parameters)
             for event in stream:
                 output.event(event)
-            output.end()
         except BrokenPipeError:
             return _closed_pipe(client, stream)
-        except KeyboardInterrupt:
-            return _interrupted(client, stream, output)
-        except CarouselError:
+        finally:
             output.end()
-            raise
     if stats:
         _say_stats(stream, time.monotonic() - started_s)
     return 0
 
 
 def _send(
-    client: CarouselClient, prompt: str | list[int], timeout_s: float | None, parameters: dict[str, Any]
+    client: CarouselClient, prompt: str | list[int], request_id: str, timeout_s: float | None, parameters: dict[str, Any]
 ) -> GenerateStream:
     try:
-        return client.generate(prompt, timeout_s=timeout_s, **parameters)
+        return client.generate(prompt, request_id=request_id, timeout_s=timeout_s, **parameters)
     except UnicodeEncodeError:
         raise click.UsageError("the prompt and the stop strings must be UTF-8 text") from None
     except ValueError as error:  # a number too large for its field
@@ -253,7 +253,7 @@ class _Output:
     def __init__(self, as_json: bool) -> None:
         self._as_json = as_json
         self._terminal = sys.stdout.isatty()
-        self._in_line = False  # the cursor of a terminal stands behind text
+        self.in_line = False  # the cursor of a terminal stands behind text
 
     def event(self, event: generation_pb2.GenerateResponse) -> None:
         if self._as_json:
@@ -266,34 +266,69 @@ class _Output:
             text = text.translate(_HARMLESS)
         sys.stdout.buffer.write(text.encode(sys.stdout.encoding if self._terminal else "utf-8", errors="replace"))
         sys.stdout.buffer.flush()
-        self._in_line = self._terminal and not text.endswith("\n")
+        self.in_line = self._terminal and not text.endswith("\n")
 
     def end(self) -> None:
         """On a terminal what follows starts a line of its own; files and pipes get the text and nothing else."""
-        if self._in_line:
+        if self.in_line:
             self._write("\n")
 
 
-def _interrupted(client: CarouselClient, stream: GenerateStream | None, output: _Output) -> int:
-    output.end()
-    said = "interrupted"
-    if stream is not None:
-        stream.close()
-        try:  # over the same connection, so its answer means that the server has heard of the first
-            client.cancel(stream.request_id, timeout_s=_CANCEL_S)
-            said = "interrupted: the request is cancelled"
-        except CarouselError:
-            said = "interrupted: the server has not confirmed the cancel"
+class _CtrlC:
+    """While it is entered, Ctrl-C runs `leave` in a thread of its own, then ends the process; once more ends it at once.
+
+    Not by KeyboardInterrupt: in the middle of grpc's own work that exception leaves a channel that never closes, and it would
+    have to wait for whoever reads our output.
+    """
+
+    def __init__(self, leave: Callable[[], None]) -> None:
+        self._leave = leave
+        self._presses: queue.SimpleQueue[bool] = queue.SimpleQueue()  # True: pressed; False: not needed any more
+        self._pressed = False
+        self._thread = threading.Thread(target=self._wait, daemon=True)
+
+    def __enter__(self) -> None:
+        self._thread.start()
+        self._before = signal.getsignal(signal.SIGINT)
+        if self._before is not signal.SIG_IGN:  # whoever started us wants none of it
+            signal.signal(signal.SIGINT, self._press)
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._presses.put(False)
+        self._thread.join()  # for ever, if it was pressed: the thread ends the process
+        signal.signal(signal.SIGINT, self._before)
+
+    def _press(self, number: int, frame: object) -> None:
+        if self._pressed:
+            os._exit(_INTERRUPTED)
+        self._pressed = True
+        self._presses.put(True)  # the only thing that may be done in the middle of anything
+
+    def _wait(self) -> None:
+        if self._presses.get():
+            try:
+                self._leave()
+            finally:
+                os._exit(_INTERRUPTED)
+
+
+def _interrupted(client: CarouselClient, request_id: str, output: _Output) -> None:
+    """Cancels by the request's id, so that the answer says that the server has heard of it."""
+    try:
+        client.cancel(request_id, timeout_s=_CANCEL_S)
+        said = "interrupted: the request is cancelled"
+    except CarouselError:
+        said = "interrupted: the server has not confirmed the cancel"
+    if output.in_line and sys.stderr.isatty():
+        print(file=sys.stderr)
     _say(said)
-    return _INTERRUPTED
 
 
-def _closed_pipe(client: CarouselClient, stream: GenerateStream | None) -> int:
+def _closed_pipe(client: CarouselClient, stream: GenerateStream) -> int:
     """Whoever read our output has enough: cancel, and go without a word, as other tools do."""
-    if stream is not None:
-        stream.close()
-        with contextlib.suppress(CarouselError):
-            client.cancel(stream.request_id, timeout_s=_CANCEL_S)
+    with contextlib.suppress(CarouselError):
+        client.cancel(stream.request_id, timeout_s=_CANCEL_S)
+    stream.close()
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
     return _CLOSED_PIPE
 
@@ -316,7 +351,7 @@ def _say_stats(stream: GenerateStream, elapsed_s: float) -> None:
 
 
 def _say(text: str) -> None:
-    print(f"carousel: {' '.join(text.split())}", file=sys.stderr)
+    print(f"carousel: {' '.join(text.split())}", file=sys.stderr, flush=True)
 
 
 def _advice(error: CarouselError) -> str:
@@ -353,5 +388,6 @@ def main(args: Sequence[str] | None = None) -> int:
     except CarouselError as error:
         _say(_advice(error))
     except click.Abort:
+        _say("interrupted")
         return _INTERRUPTED
     return 1

@@ -99,9 +99,13 @@ class Counts:
 
     def pruned(self, entries: int) -> NGram:
         """Keep about `entries` n-grams: the most valuable, and the contexts that they hang on."""
-        values = [order.count * np.log2(order.probability / self._lower_probability(k)) for k, order in enumerate(self.orders)]
+        values = [
+            order.count * np.log2(order.probability / self._lower_probability(k)) for k, order in enumerate(self.orders)
+        ]
         floor = -np.partition(-np.concatenate(values), min(entries, self._entries()) - 1)[entries - 1 : entries]
-        keep: list[NDArray[np.bool_]] = [value >= floor for value in values] if len(floor) else [v > -1e9 for v in values]
+        keep: list[NDArray[np.bool_]] = (
+            [value >= floor for value in values] if len(floor) else [v > -1e9 for v in values]
+        )
         keep[0][:] = True
         for k in range(len(keep) - 1, 0, -1):
             keep[k - 1][self.orders[k].parent[keep[k]]] = True

@@ -56,8 +56,7 @@ class Checkpoint:
         self._where = model_dir
         self._left = set(self._file_of)
         if dtype is None:
-            first = min(self._file_of)
-            dtype = self._stored_dtype(first)
+            dtype = self._stored_dtype(min(self._file_of)) if self._file_of else torch.float32
         self.dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
 
     def __enter__(self) -> Checkpoint:
@@ -70,11 +69,10 @@ class Checkpoint:
         return self.stack({name: shape[0]}, *shape[1:])
 
     def stack(self, parts: Mapping[str, int], *rest: int) -> Tensor:
+        stored = [self._read(name, (rows, *rest)) for name, rows in parts.items()]  # mapped, not in memory yet
         whole = torch.empty(sum(parts.values()), *rest, dtype=self.dtype, device=self.device)
-        at = 0
-        for name, rows in parts.items():
-            whole[at : at + rows].copy_(self._read(name, (rows, *rest)))
-            at += rows
+        for place, tensor in zip(whole.split(list(parts.values())), stored, strict=True):
+            place.copy_(tensor)
         return whole
 
     def same(self, name: str, tensor: Tensor) -> None:

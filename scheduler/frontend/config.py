@@ -16,5 +16,5 @@ class FrontendConfig(msgspec.Struct, frozen=True, kw_only=True):
     log_level: str = "info"
     max_message_bytes: int = 64 << 20  # of one gRPC message, either way
     max_streams: int = 20_000  # calls at once on one connection, and calls that wait to be looked at
-    tokenizer_threads: int = 1  # long prompts are tokenized beside the event loop
+    tokenizer_threads: int = 2  # long prompts are tokenized beside the event loop
     drain_timeout_s: float = 4.0  # what streams get after SIGTERM; the supervisor kills after 5

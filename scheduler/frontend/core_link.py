@@ -182,12 +182,12 @@ class CoreLink:
         return reply
 
     def _send(self, message: Message) -> None:
+        self._schedule_receive()
         events = self._socket.getsockopt(zmq.EVENTS)  # sending alone may not have noticed a new connection
         assert isinstance(events, int)
         if not events & zmq.POLLOUT:
             raise UnavailableError("the scheduler core is not connected")
         self._socket.send_multipart(encode(message), zmq.NOBLOCK, copy=False)
-        self._schedule_receive()
 
     def _tell(self, message: Message) -> None:
         """Sends what needs no telling to a core that is gone."""

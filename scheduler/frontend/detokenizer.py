@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import codecs
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, Protocol
 
 import tokenizers
@@ -35,7 +35,7 @@ class Detokenizer(Protocol):
 class DetokenizerTables(Protocol):
     """What all outputs share."""
 
-    def detokenizer(self, continues: bool) -> Detokenizer: ...
+    def detokenizer(self, prompt: Iterable[int]) -> Detokenizer: ...
 
 
 def detokenizer_tables(backend: tokenizers.Tokenizer) -> DetokenizerTables:
@@ -104,7 +104,7 @@ class ByteTable(dict[int, bytes]):
         self[token] = data
         return data
 
-    def detokenizer(self, continues: bool) -> Detokenizer:
+    def detokenizer(self, prompt: Iterable[int]) -> Detokenizer:
         return ByteDetokenizer(self)
 
 
@@ -152,12 +152,15 @@ class PieceTable(dict[int, str]):
         text = self[token] = "" if content is None else self.after_anchor([content])
         return text
 
-    def detokenizer(self, continues: bool) -> Detokenizer:
-        return PieceDetokenizer(self, continues)
+    def detokenizer(self, prompt: Iterable[int]) -> Detokenizer:
+        return PieceDetokenizer(self, continues=any(token not in self.skipped for token in prompt))
 
 
 class PieceDetokenizer:
-    """SentencePiece-like: each token has its text; runs of byte tokens wait for their end."""
+    """SentencePiece-like: each token has its text; runs of byte tokens wait for their end.
+
+    continues: some text stands before the output.
+    """
 
     def __init__(self, table: PieceTable, continues: bool) -> None:
         self._table = table

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -67,9 +68,9 @@ class Tokenizer:
         text: str = self._backend.decode(token_ids, skip_special_tokens=True)
         return text
 
-    def detokenizer(self, continues: bool) -> Detokenizer:
-        """For one output. continues: some text stands before it (the prompt's)."""
-        return self._tables.detokenizer(continues)
+    def detokenizer(self, prompt: Iterable[int] = ()) -> Detokenizer:
+        """For one output of this prompt: its text goes on where the prompt's ends, so the space between them is not lost."""
+        return self._tables.detokenizer(prompt)
 
     def max_text_bytes(self, num_tokens: int) -> int | None:
         """No text longer than this, in UTF-8 bytes, can have so few tokens. None: this tokenizer may drop text."""

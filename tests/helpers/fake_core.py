@@ -113,6 +113,7 @@ class FakeCore:
         self.step_pause_s = 0.0  # at least so long from one step to the next
         self._held = False
         self._unclaimed: list[Message] = []
+        self._conditions: list[tuple[Callable[[], bool], Future[None]]] = []
         self._requests: dict[tuple[bytes, int], _Request] = {}
         self._ended_ids: set[str] = set()
         self._peers: list[bytes] = []
@@ -178,6 +179,20 @@ class FakeCore:
         """Raw frames to all front ends."""
         self.call(lambda: [self._socket.send_multipart([peer, *frames]) for peer in self._peers])
 
+    def wait_until(self, condition: Callable[[], bool]) -> None:
+        """Until it is true, looked at in the core's thread after each step and message."""
+        done: Future[None] = Future()
+        self.call(lambda: self._conditions.append((condition, done)))
+        done.result(PATIENCE_S)
+
+    def num_outputs(self) -> int:
+        """Tokens invented for the requests alive; for `wait_until`."""
+        return sum(request.num_outputs for request in self._requests.values())
+
+    def is_idle(self) -> bool:
+        """For `wait_until`."""
+        return not self._requests
+
     def end_all(self, reason: EndReason, message: str = "") -> None:
         self.call(lambda: [self._end(request, reason, message=message) for request in list(self._requests.values())])
 
@@ -229,6 +244,9 @@ class FakeCore:
             elif steps:
                 next_step = time.monotonic() + self.step_pause_s
                 self._step()
+            for waiting in [waiting for waiting in self._conditions if waiting[0]()]:
+                self._conditions.remove(waiting)
+                waiting[1].set_result(None)
         bell.close(0)
         self._socket.close()
 

@@ -15,7 +15,7 @@ import grpc
 import msgspec
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from carousel.v1 import control_pb2_grpc, generation_pb2_grpc, inspect_pb2_grpc
+from carousel.v1 import control_pb2, control_pb2_grpc, generation_pb2_grpc, inspect_pb2_grpc
 from scheduler.frontend.config import FrontendConfig
 from scheduler.supervisor import ReservedPort
 
@@ -67,6 +67,10 @@ class Frontend:
 
     def wait_serving(self) -> None:
         self.wait_health(health_pb2.HealthCheckResponse.SERVING)
+
+    def hear_core(self) -> None:
+        """Returns once the front end has heard all that its core had said: the core's answer comes after it."""
+        self.control.GetLoad(control_pb2.GetLoadRequest(), timeout=PATIENCE_S)
 
     def terminate(self) -> int:
         """SIGTERM, and the exit code."""

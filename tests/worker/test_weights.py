@@ -243,6 +243,20 @@ def test_pickles_are_refused_unread(whole: Path, tmp_path: Path) -> None:
     assert error_of(folder).startswith(f"{folder / 'pytorch_model.bin'}: pickled weights are not read")
 
 
+def test_a_size_that_no_memory_could_hold_is_a_wrong_shape(whole: Path, tmp_path: Path) -> None:
+    folder = copy(whole, tmp_path)
+    write_config(folder, vocab_size=10**12)
+    assert "tensor model.embed_tokens.weight has shape [384, 96], config.json makes it [1000000000000, 96]" in error_of(folder)
+
+
+def test_a_file_without_tensors(whole: Path, tmp_path: Path) -> None:
+    folder = copy(whole, tmp_path)
+    edit(folder, lambda tensors: tensors.clear())
+    write_config(folder, dtype=None)
+    with pytest.raises(CheckpointError, match=r"tensor model\.embed_tokens\.weight is missing"):
+        load_model(folder, None, "cpu", None)
+
+
 def test_no_weights_at_all(whole: Path, tmp_path: Path) -> None:
     folder = copy(whole, tmp_path)
     (folder / "model.safetensors").unlink()

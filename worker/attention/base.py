@@ -45,9 +45,16 @@ class AttentionInputs:
         """From the host's arrays; on the CPU the tensors share their memory."""
         assert len(query_start) == len(context_lens) + 1 == len(block_tables) + 1
         assert query_start[-1] == len(slot_mapping)
-        on_device = [torch.from_numpy(array).to(device) for array in (query_start, context_lens, block_tables, slot_mapping)]
-        max_query_len = int(np.diff(query_start).max(initial=0))
-        return cls(*on_device, query_start, context_lens, block_tables, max_query_len)
+        return cls(
+            query_start=torch.from_numpy(query_start).to(device),
+            context_lens=torch.from_numpy(context_lens).to(device),
+            block_tables=torch.from_numpy(block_tables).to(device),
+            slot_mapping=torch.from_numpy(slot_mapping).to(device),
+            query_start_cpu=query_start,
+            context_lens_cpu=context_lens,
+            block_tables_cpu=block_tables,
+            max_query_len=int(np.diff(query_start).max(initial=0)),
+        )
 
 
 class AttentionBackend(Protocol):

@@ -51,6 +51,7 @@ class Server:
             port = self._server.add_insecure_port(f"{host}:{self._config.port}")
         except RuntimeError as error:
             raise StartError(f"can't listen on {host}:{self._config.port}: {error}") from None
+        await self._health.tell()
         self._following = asyncio.create_task(self._health.follow())
         await self._server.start()
         return port

@@ -54,7 +54,7 @@ class Generation(GenerationServicer):
             limits = worker_facts(self._link.facts)
             options = check_options(request, limits, self._defaults)
             prompt = await self._prompt(request, options, limits)
-            stream = Stream(self._output(options, len(prompt)), options.include_stop)
+            stream = Stream(self._output(options, prompt), options.include_stop)
             self._link.submit(_add_request(self._link.new_handle(), arrival_ns, options, prompt), stream)
             try:
                 echo = self._echo(request, options, prompt) if options.echo else None
@@ -95,11 +95,11 @@ class Generation(GenerationServicer):
         check_token_ids(token_ids, "prompt.text", limits)
         return token_ids
 
-    def _output(self, options: Options, num_prompt_tokens: int) -> Output:
+    def _output(self, options: Options, prompt: list[int]) -> Output:
         if options.stop:  # they are looked for in the text, whether or not it is sent
-            detokenizer = self._tokenizer.detokenizer(continues=num_prompt_tokens > 0)
+            detokenizer = self._tokenizer.detokenizer(prompt)
             return StoppableOutput(detokenizer, StopStrings(options.stop), options.include_stop)
-        return Output(self._tokenizer.detokenizer(continues=num_prompt_tokens > 0) if options.text else None)
+        return Output(self._tokenizer.detokenizer(prompt) if options.text else None)
 
     def _echo(self, request: pb.GenerateRequest, options: Options, prompt: list[int]) -> pb.GenerateResponse:
         given = request.WhichOneof("prompt") == "text"

@@ -20,12 +20,16 @@ class Health(health.aio.HealthServicer):  # type: ignore[misc]
         self._link = link
         self._services = ("", *services)
 
+    async def tell(self) -> None:
+        """Says what the core's facts mean now."""
+        facts = self._link.facts
+        serving = facts is not None and facts.ready and not facts.draining
+        for service in self._services:
+            await self.set(service, SERVING if serving else NOT_SERVING)
+
     async def follow(self) -> None:
-        """Tells what the core's facts mean, at once and after each change; runs until it is cancelled."""
+        """Tells after each change of the facts; runs until it is cancelled."""
         while True:
-            facts = self._link.facts
-            serving = facts is not None and facts.ready and not facts.draining
-            for service in self._services:
-                await self.set(service, SERVING if serving else NOT_SERVING)
             await self._link.facts_changed.wait()
             self._link.facts_changed.clear()
+            await self.tell()

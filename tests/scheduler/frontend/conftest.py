@@ -30,6 +30,7 @@ def frontend(shared_core: FakeCore, model_dir: Path) -> Iterator[Frontend]:
     with running(model_dir, shared_core.endpoint) as frontend:
         frontend.wait_serving()
         yield frontend
+        assert "Traceback" not in frontend.log() and "Error" not in frontend.log(), frontend.log()
 
 
 @pytest.fixture

@@ -51,8 +51,8 @@ def token_lists(backend: Backend) -> st.SearchStrategy[list[int]]:
     )
 
 
-def incremental(tokenizer: Tokenizer, token_ids: list[int], continues: bool = False) -> list[str]:
-    detokenizer = tokenizer.detokenizer(continues)
+def incremental(tokenizer: Tokenizer, token_ids: list[int], prompt: tuple[int, ...] = ()) -> list[str]:
+    detokenizer = tokenizer.detokenizer(prompt)
     return ["".join(detokenizer.step(token)) for token in token_ids] + [detokenizer.flush()]
 
 
@@ -74,7 +74,7 @@ def test_an_output_goes_on_where_the_prompt_ended(kind: str, data: st.DataObject
     word = backend.token_to_id("the") or backend.token_to_id("a")
     token_ids = data.draw(token_lists(backend))
     whole = backend.decode([word, *token_ids], skip_special_tokens=True)
-    assert backend.decode([word]) + "".join(incremental(tokenizer, token_ids, continues=True)) == whole
+    assert backend.decode([word]) + "".join(incremental(tokenizer, token_ids, (word,))) == whole
 
 
 @pytest.mark.parametrize("text", ["naïve café 東京 🦊🦊 — fin", "\U0001f468\u200d\U0001f469\u200d\U0001f467"])
@@ -93,7 +93,7 @@ def test_characters_come_whole_and_as_soon_as_they_are(text: str) -> None:
 def test_what_an_incomplete_character_leaves_belongs_to_the_tokens_before() -> None:
     backend, tokenizer = TOKENIZERS["byte level"]
     first_byte, letter = backend.token_to_id("Ã"), backend.token_to_id("a")  # 0xC3
-    detokenizer = tokenizer.detokenizer(False)
+    detokenizer = tokenizer.detokenizer()
     assert detokenizer.step(first_byte) == ("", "")
     assert detokenizer.step(letter) == ("\N{REPLACEMENT CHARACTER}", "a")
 
@@ -101,8 +101,15 @@ def test_what_an_incomplete_character_leaves_belongs_to_the_tokens_before() -> N
 def test_runs_of_byte_tokens_wait_for_their_end() -> None:
     backend, tokenizer = TOKENIZERS["Llama"]
     fox = [backend.token_to_id(f"<0x{byte:02X}>") for byte in "🦊".encode()]
-    detokenizer = tokenizer.detokenizer(True)
+    detokenizer = tokenizer.detokenizer([backend.token_to_id("a")])
     assert [detokenizer.step(token) for token in fox] == [("", "")] * 4
     assert detokenizer.step(backend.token_to_id("a")) == ("🦊", "a")
     detokenizer.step(fox[0])
     assert detokenizer.flush() == "\N{REPLACEMENT CHARACTER}"
+
+
+def test_a_prompt_of_special_tokens_is_no_text_to_go_on_from() -> None:
+    backend, tokenizer = TOKENIZERS["Llama"]
+    bos, the = backend.token_to_id("<s>"), backend.token_to_id("▁the")
+    assert "".join(incremental(tokenizer, [the, the], (bos,))) == "the the"
+    assert "".join(incremental(tokenizer, [the, the], (bos, the))) == " the the"

@@ -132,7 +132,7 @@ def test_a_slow_watcher_is_told_how_many_steps_it_missed(core: FakeCore, fronten
     watcher = watch(frontend)
     first = core.num_steps + 1
     core.call(lambda: [core._step() for _ in range(num_steps)])  # more than transport and queue hold
-    frontend.control.GetLoad(control_pb2.GetLoadRequest())  # its answer came after all of them
+    frontend.hear_core()
     expected = first
     while expected < first + num_steps:
         step = next(watcher)
