@@ -78,7 +78,7 @@ class NGram:
 
 
 class Counts:
-    """Every n-gram of a stream up to some order, with its Kneser-Ney probability; made once, pruned as often as wanted."""
+    """Every n-gram of a stream up to some order, with its Kneser-Ney probability: made once, pruned at will."""
 
     def __init__(self, symbols: Ints, vocabulary: int, order: int) -> None:
         self.vocabulary = vocabulary
