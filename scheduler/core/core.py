@@ -276,10 +276,6 @@ class Core:
         order = self.rows.in_order()
         return order[self.rows.state[order] == PADDING]
 
-    def anyone_unfinished(self) -> bool:
-        order = self.rows.in_order()
-        return bool((self.rows.state[order] == RUNNING).any())
-
     def missing(self, slots: Slots) -> I32:
         return self.rows.num_tokens[slots] - self.rows.num_computed[slots]
 

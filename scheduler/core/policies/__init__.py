@@ -36,9 +36,6 @@ class Batch(Protocol):
     def padding(self) -> Slots:
         """Slots of ended requests that the policy keeps in the batch."""
 
-    def anyone_unfinished(self) -> bool:
-        """Whether any request in the batch has not ended, those included whose last token is being sampled already."""
-
     def is_empty(self) -> bool:
         """Whether no row is held, not even by what has left and waits for its last plan to return."""
 

@@ -16,11 +16,12 @@ class Static:
     keeps_ended_rows = True
 
     def select(self, batch: Batch) -> Selection:
-        if not batch.anyone_unfinished():
+        running = batch.running()
+        if not len(running):
             batch.release_padding()
             if batch.is_empty():
                 self._admit_batch(batch)
-        running = batch.running()
+                running = batch.running()
         if not len(running):
             return Selection(running, np.empty(0, np.int32))  # the last results of this batch are on their way
         missing = batch.missing(running)

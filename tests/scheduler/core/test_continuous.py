@@ -225,6 +225,22 @@ def test_the_request_admitted_last_is_preempted() -> None:
     assert [stat.recomputed_tokens for stat in stats] == [0, 4]
 
 
+def test_a_request_in_the_middle_of_its_prompt_gives_way_too() -> None:
+    core = driver(num_blocks=5, budget=7, rows=3)
+    core.accepted([1, 2, 3], 9, request_id="a")
+    core.accepted([4, 5, 6], 9, request_id="b")
+    core.accepted(range(8), 9, request_id="long")
+    assert core.next_rows() == {"a": 3, "b": 3, "long": 1}
+    assert core.next_rows() == {"a": 1, "b": 1, "long": 5}
+    core.answer()
+    assert core.next_rows() == {"a": 1}, "a takes the free block; b waits for those that step 1 still names"
+    assert preempted(core) == ["long"]
+    core.answer()
+    assert core.next_rows() == {"a": 1, "b": 1}
+    core.finish()
+    assert core.requests[2].end is not None and core.requests[2].end.stats.recomputed_tokens >= 6
+
+
 def test_the_victim_is_the_last_admitted_even_if_it_was_the_first_to_arrive() -> None:
     core = driver(num_blocks=3)
     core.accepted([1, 2, 3], 9, request_id="early", priority=BATCH)
@@ -307,6 +323,30 @@ def test_a_preempted_request_may_end_by_its_last_token_in_flight() -> None:
     assert "b" not in core.next_rows()
     core.answer()
     assert victim.end is not None and victim.end.reason is EndReason.LENGTH
+    core.finish()
+
+
+def test_a_preempted_request_that_is_cancelled_shows_no_token_any_more() -> None:
+    core = driver(num_blocks=3)
+    core.accepted([1, 2, 3], 9, request_id="a")
+    victim = core.accepted([5, 6, 7], 9, request_id="b")
+    core.next_rows(), core.next_rows()
+    core.answer()
+    assert core.next_rows() == {"a": 1} and preempted(core) == ["b"]
+    core.cancel("b")
+    core.answer()
+    assert len(victim.got) == 1
+    core.finish()
+
+
+def test_a_preempted_request_does_not_return_before_the_last_plan_that_names_it() -> None:
+    core = driver()
+    core.accepted([1, 2, 3], 9, request_id="a")
+    core.next_rows()
+    core.core._preempt(0, core.now)
+    assert core.next_rows() == {}, "there is room, but one of its tokens is still to come"
+    core.answer()
+    assert core.next_rows() == {"a": 4}
     core.finish()
 
 

@@ -158,6 +158,20 @@ def test_a_row_cancelled_before_its_prompt_had_a_turn_is_told_to_the_worker() ->
     core.finish()
 
 
+def test_blocks_of_padding_rows_are_not_free_before_the_last_plan_that_names_them() -> None:
+    core = driver()
+    core.accepted([1], 1, request_id="a")
+    core.accepted([2], 9, request_id="b")
+    core.step()
+    assert core.next_padding() == core.next_padding() == ["a"]
+    core.cancel("b")
+    core.answer()
+    assert core.plan() is None
+    assert (core.core.load(0).held_blocks, core.core.load(0).retiring_blocks) == (0, 4), "step 2 pads with a"
+    core.answer()
+    core.finish()
+
+
 def test_when_all_are_cancelled_the_next_batch_starts_once_the_plans_have_returned() -> None:
     core = driver(rows=2)
     for name in "abc":

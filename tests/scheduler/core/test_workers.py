@@ -84,7 +84,7 @@ def test_after_a_loss_everything_running_starts_again_with_the_tokens_it_had() -
     core.plan()  # its result never comes
     core.lost()
     load = core.core.load(0)
-    assert (load.held_blocks, load.retiring_blocks, load.kv_tokens) == (0, 0, 0)
+    assert (load.held_blocks, load.retiring_blocks, load.kv_tokens, len(core.core.in_flight)) == (0, 0, 0, 0)
     core.joined()
     plan = core.plan()
     assert plan is not None
