@@ -109,7 +109,7 @@ def choose_ngram(corpus: Corpus) -> None:
     for unit, order in NGRAM_CHOICES:
         model = count_ngrams(corpus.train, unit, order, tokenizer).pruned_to(size)
         bits = ngram_bits_per_byte(model, corpus.tuning, unit, tokenizer)
-        print(f"| {unit} | {order} | {model.entries:,} | {model.packed_size():,} | {bits:.3f} |", flush=True)
+        print(f"| {unit} | {order} | {model.entries:,} | {model.packed_size:,} | {bits:.3f} |", flush=True)
 
 
 def print_compression(corpus: Corpus, model: LlamaForCausalLM, tokenizer: Tokenizer) -> None:
@@ -125,7 +125,7 @@ def print_compression(corpus: Corpus, model: LlamaForCausalLM, tokenizer: Tokeni
         bits = ngram_bits_per_byte(ngram, files, NGRAM_UNIT, tokenizer)
         name = f"{order}-gram, modified Kneser-Ney"
         print(
-            f"| {f'**{name}**' if order == NGRAM_ORDER else name} | {ngram.packed_size():,} | {bits:.3f} |", flush=True
+            f"| {f'**{name}**' if order == NGRAM_ORDER else name} | {ngram.packed_size:,} | {bits:.3f} |", flush=True
         )
     for name, bits in compressors(corpus):
         print(f"| {name} | | {bits:.3f} |", flush=True)

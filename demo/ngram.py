@@ -11,6 +11,7 @@ Tables are kept by order k = 1..n. An n-gram of order k is a node of a trie: the
 
 import lzma
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
@@ -53,6 +54,7 @@ class NGram:
     def entries(self) -> int:
         return sum(len(table.key) for table in self.tables)
 
+    @cached_property
     def packed_size(self) -> int:
         """Bytes of the tables as a file: symbols, one-byte probabilities, child counts, compressed with xz."""
         return len(lzma.compress(b"".join(table.packed for table in self.tables)))
@@ -89,20 +91,19 @@ class Counts:
 
     def pruned_to(self, size: int) -> NGram:
         """The best model whose packed tables take at most `size` bytes."""
-        entries = size // 4
+        entries = self.entries
         while True:
             model = self.pruned(entries)
-            taken = model.packed_size()
-            if taken <= size and (taken > 0.98 * size or entries >= self._entries()):
+            if model.packed_size <= size:
                 return model
-            entries = min(self._entries(), int(entries * 0.993 * size / taken))
+            entries = int(entries * 0.99 * size / model.packed_size)
 
     def pruned(self, entries: int) -> NGram:
         """Keep about `entries` n-grams: the most valuable, and the contexts that they hang on."""
         values = [
             order.count * np.log2(order.probability / self._lower_probability(k)) for k, order in enumerate(self.orders)
         ]
-        floor = -np.partition(-np.concatenate(values), min(entries, self._entries()) - 1)[entries - 1 : entries]
+        floor = -np.partition(-np.concatenate(values), min(entries, self.entries) - 1)[entries - 1 : entries]
         keep: list[NDArray[np.bool_]] = (
             [value >= floor for value in values] if len(floor) else [v > -1e9 for v in values]
         )
@@ -111,7 +112,8 @@ class Counts:
             keep[k - 1][self.orders[k].parent[keep[k]]] = True
         return self._pack(keep)
 
-    def _entries(self) -> int:
+    @property
+    def entries(self) -> int:
         return sum(len(order.count) for order in self.orders)
 
     def _count(self, symbols: Ints, order: int) -> list[Ints]:

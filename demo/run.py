@@ -24,6 +24,7 @@ from carousel.v1 import control_pb2, inspect_pb2
 from client import CarouselClient, CarouselError
 from demo import callers, record, timeline
 from demo.figures import Figures, Outcome, comparison, differences, figures
+from demo.picture import picture
 from demo.server import CAROUSEL, DemoServer, ServerFailedError
 from demo.views import View, colored, view_for
 from demo.workload import MAX_TOKENS, MEAN_TOKENS, PAUSE_TOKENS, Work, workload
@@ -190,6 +191,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--rows", type=int, default=8, help="rows of the batch (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the output lengths (default: %(default)s)")
     parser.add_argument("--json", metavar="FILE", help="add the figures to this file, as one JSON line")
+    parser.add_argument("--svg", metavar="FILE", help="draw both batches over time into this file")
     parser.add_argument("--plain", action="store_true", help="lines instead of the live picture, on a terminal too")
     return parser.parse_args(argv)
 
@@ -213,6 +215,10 @@ def demo(arguments: argparse.Namespace, console: Console, command: Sequence[str]
         same = len(works) - len(continuous.differences(static))
         new, old = continuous.figures(), static.figures()
         record.append(arguments.json, record.record(continuous.server, continuous.model, asked, new, old, same))
+    if arguments.svg:
+        labels = {callers.request_id(work): work.label for work in works}
+        panels = [(f"{run.policy} batching", run.steps) for run in (continuous, static)]
+        Path(arguments.svg).write_text(picture(panels, labels, arguments.rows))
     console.out(f"Both servers are stopped. All of it took {time.monotonic() - began_s:.0f} s.", highlight=False)
 
 

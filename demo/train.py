@@ -282,7 +282,9 @@ def write_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
         clean_up_tokenization_spaces=False,
     )
     wrapped.chat_template = CHAT_TEMPLATE
-    wrapped.save_pretrained(folder)
+    # In both places where readers look for it: tokenizer_config.json, and a file of its own.
+    wrapped.save_pretrained(folder, save_jinja_files=False)
+    (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE)
 
 
 def write_record(corpus: Corpus, recipe: Recipe, cpu_s: float, wall_s: float) -> None:

@@ -42,7 +42,7 @@ class BlockPool:
         parts, missing = [], count
         while missing:
             window = self._is_free[self._cursor : self._cursor + _WINDOW]
-            found = np.flatnonzero(window)[:missing] + self._cursor
+            found = window.nonzero()[0][:missing] + self._cursor
             missing -= len(found)
             parts.append(found)
             self._cursor = int(found[-1]) + 1 if not missing else self._cursor + len(window)

@@ -270,14 +270,17 @@ class Core:
 
     def running(self) -> Slots:
         order = self.rows.in_order()
-        return order[self.rows.num_tokens[order] < self.rows.max_tokens[order]]
+        slots: Slots = order[self.rows.num_tokens[order] < self.rows.max_tokens[order]]
+        return slots
 
     def padding(self) -> Slots:
         order = self.rows.in_order()
-        return order[self.rows.state[order] == PADDING]
+        slots: Slots = order[self.rows.state[order] == PADDING]
+        return slots
 
     def missing(self, slots: Slots) -> I32:
-        return self.rows.num_tokens[slots] - self.rows.num_computed[slots]
+        missing: I32 = self.rows.num_tokens[slots] - self.rows.num_computed[slots]
+        return missing
 
     def with_blocks(self, slots: Slots) -> Slots:
         rows, pool = self.rows, self.kv.pool
@@ -294,7 +297,7 @@ class Core:
         if len(growing) == len(wanting):
             return slots
         served = ~full
-        served[np.flatnonzero(full)[: len(growing)]] = True
+        served[full.nonzero()[0][: len(growing)]] = True
         return slots[served]
 
     def admit(self, reserve_outputs: bool) -> int | None:
@@ -478,7 +481,7 @@ class Core:
             request.first_token_ns = now
             request.preempted_first_ns = request.preempted_until(now)
         stopped = rows.stopped(slots, tokens)
-        for i in np.flatnonzero(stopped | (counts == rows.max_outputs[slots])).tolist():
+        for i in (stopped | (counts == rows.max_outputs[slots])).nonzero()[0].tolist():
             request = rows.requests[int(slots[i])]
             assert request is not None
             if stopped[i]:
@@ -488,7 +491,7 @@ class Core:
 
     def _emit_tokens(self, slots: Slots, tokens: I32) -> None:
         frontends, handles = self.rows.frontend[slots], self.rows.handle[slots]
-        for frontend in np.flatnonzero(np.bincount(frontends)).tolist():
+        for frontend in np.bincount(frontends).nonzero()[0].tolist():
             mine = frontends == frontend
             self._emitted.tokens[frontend] = (handles[mine], tokens[mine])
 

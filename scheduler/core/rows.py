@@ -103,7 +103,7 @@ class Rows:
     def stopped(self, slots: Slots, tokens: I32) -> NDArray[np.bool_]:
         """Which rows drew one of their end tokens. Looks closer only where a token ends anybody's output."""
         hit = np.zeros(len(slots), np.bool_)
-        for i in np.flatnonzero(self._num_stops[tokens]).tolist():
+        for i in self._num_stops[tokens].nonzero()[0].tolist():
             hit[i] = int(tokens[i]) in self.stop_ids[int(slots[i])]
         return hit
 

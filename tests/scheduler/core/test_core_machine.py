@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
+import msgspec
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -15,10 +17,31 @@ from tests.helpers.fake_worker import worker_facts
 from wire import CancelOutcome, StepResult
 
 VOCAB = 50  # small, so that end tokens are drawn often
-prompts = st.builds(
-    lambda length, seed: [(seed * 31 + 7 * i * i + i) % VOCAB for i in range(length)], st.integers(1, 30), st.integers(0, 10**6)
+
+
+@dataclass(frozen=True)
+class Arrival:
+    prompt: list[int]
+    max_tokens: int
+    priority: int
+    frontend: int
+    stop: Sequence[int]
+    min_tokens: int
+
+
+def prompt(length: int, seed: int) -> list[int]:
+    return [(seed * 31 + 7 * i * i + i) % VOCAB for i in range(length)]
+
+
+arrivals = st.builds(
+    Arrival,
+    prompt=st.builds(prompt, st.one_of(st.integers(1, 8), st.integers(4, 12), st.integers(1, 40)), st.integers(0, 10**6)),
+    max_tokens=st.one_of(st.integers(4, 12), st.integers(4, 12), st.integers(0, 40)),
+    priority=st.integers(1, 3),
+    frontend=st.integers(0, 2),
+    stop=st.sampled_from([(), (), (), (3,), (0, 49), tuple(range(12)), tuple(range(0, 50, 3))]),
+    min_tokens=st.integers(0, 3),
 )
-stop_ids = st.one_of(st.just(()), st.sampled_from([(3,), (0, 49), tuple(range(12)), tuple(range(0, 50, 3))]))
 
 
 class CoreMachine(RuleBasedStateMachine):
@@ -27,11 +50,11 @@ class CoreMachine(RuleBasedStateMachine):
     @initialize(
         rows=st.integers(1, 7),
         budget=st.integers(1, 23),
-        block_size=st.integers(1, 5),
-        num_blocks=st.integers(5, 30),
-        max_model_len=st.integers(12, 60),
-        max_queue_requests=st.sampled_from([2, 5, 100]),
-        max_queue_tokens=st.sampled_from([20, 100, 10_000]),
+        block_size=st.sampled_from([2, 3, 4, 1]),
+        num_blocks=st.integers(8, 20),
+        max_model_len=st.integers(20, 60),
+        max_queue_requests=st.sampled_from([100, 100, 100, 3]),
+        max_queue_tokens=st.sampled_from([10_000, 10_000, 10_000, 20]),
         static_batch_size=st.integers(0, 5),
         max_crashes=st.integers(0, 3),
     )
@@ -67,20 +90,19 @@ class CoreMachine(RuleBasedStateMachine):
         self.driver = CoreDriver(config, facts)
         self.late: list[StepResult] = []  # results of workers that were given up
 
-    @rule(
-        prompt=prompts,
-        max_tokens=st.integers(0, 30),
-        priority=st.integers(1, 3),
-        frontend=st.integers(0, 2),
-        stop=stop_ids,
-        min_tokens=st.integers(0, 3),
-    )
-    def arrive(
-        self, prompt: list[int], max_tokens: int, priority: int, frontend: int, stop: Sequence[int], min_tokens: int
-    ) -> None:
-        expected = self.expected_refusal(len(prompt), max_tokens)
-        answer = self.driver.add(prompt, max_tokens, priority=priority, frontend=frontend, stop=stop, min_tokens=min_tokens)
-        assert expected == ("" if isinstance(answer, Tracked) else answer.code)
+    @rule(some=st.lists(arrivals, min_size=1, max_size=5))
+    def arrive(self, some: list[Arrival]) -> None:
+        for one in some:
+            expected = self.expected_refusal(len(one.prompt), one.max_tokens)
+            answer = self.driver.add(
+                one.prompt,
+                one.max_tokens,
+                priority=one.priority,
+                frontend=one.frontend,
+                stop=one.stop,
+                min_tokens=one.min_tokens,
+            )
+            assert expected == ("" if isinstance(answer, Tracked) else answer.code)
 
     def expected_refusal(self, num_prompt: int, max_tokens: int) -> str:
         core, facts = self.driver.core, self.driver.facts
@@ -95,69 +117,55 @@ class CoreMachine(RuleBasedStateMachine):
         full |= waiting.waiting_tokens + num_prompt > core.config.max_queue_tokens
         return "RESOURCE_EXHAUSTED" if full and waiting.waiting_requests else ""
 
-    @rule()
-    def plan(self) -> None:
-        self.driver.plan()
+    @rule(moves=st.lists(st.booleans(), min_size=1, max_size=12))
+    def plans_and_answers(self, moves: list[bool]) -> None:
+        """In any order: answers may be late."""
+        for plans in moves:
+            if plans:
+                self.driver.plan()
+            elif self.driver.core.in_flight:
+                self.driver.answer()
 
-    @precondition(lambda self: self.driver.core.in_flight)
-    @rule()
-    def answer(self) -> None:
-        self.driver.answer()
-
-    @rule(turns=st.integers(1, 10))
-    def run_on(self, turns: int) -> None:
+    @rule(turns=st.integers(1, 15))
+    def turn(self, turns: int) -> None:
         for _ in range(turns):
             self.driver.turn()
 
     @precondition(lambda self: self.driver.requests)
-    @rule(data=st.data())
-    def abort(self, data: st.DataObject) -> None:
-        self.driver.abort(data.draw(st.sampled_from(self.driver.requests[-8:])))
-
-    @precondition(lambda self: self.driver.requests)
-    @rule(data=st.data())
-    def cancel(self, data: st.DataObject) -> None:
+    @rule(data=st.data(), how=st.sampled_from(["cancel", "abort", "truncate"]))
+    def end_one(self, data: st.DataObject, how: str) -> None:
+        """Somebody's request ends before its time, or has ended already."""
         request = data.draw(st.sampled_from(self.driver.requests[-8:]))
-        expected = CancelOutcome.ALREADY_FINISHED if request.over else CancelOutcome.CANCELLED
-        assert self.driver.cancel(request.request_id) is expected
+        if how == "abort":
+            self.driver.abort(request)
+        elif how == "truncate":
+            self.driver.truncate(request, data.draw(st.integers(0, len(request.got))))
+        else:
+            expected = CancelOutcome.ALREADY_FINISHED if request.over else CancelOutcome.CANCELLED
+            assert self.driver.cancel(request.request_id) is expected
 
-    @precondition(lambda self: self.driver.requests)
-    @rule(data=st.data())
-    def truncate(self, data: st.DataObject) -> None:
-        request = data.draw(st.sampled_from(self.driver.requests[-8:]))
-        self.driver.truncate(request, data.draw(st.integers(0, len(request.got))))
-
-    @rule(frontend=st.integers(0, 2), really=st.integers(0, 5))
-    def frontend_lost(self, frontend: int, really: int) -> None:
-        if not really:
-            self.driver.frontend_lost(frontend)
-
-    @precondition(lambda self: self.driver.core.in_flight)
-    @rule()
-    def step_failed(self) -> None:
-        self.remember_late_results()
-        self.driver.step_failed()
-
-    @rule()
-    def worker_lost(self) -> None:
-        self.remember_late_results()
-        self.driver.lost()
-
-    @rule(shrink=st.sampled_from([0, 0, 0, 1, 4]))
-    def worker_joined(self, shrink: int) -> None:
-        """After a loss, or in place of one whose loss was not noticed."""
-        self.remember_late_results()
-        old = self.driver.facts
-        self.driver.joined(
-            worker_facts(
-                num_blocks=max(2, old.num_blocks - shrink),
-                block_size=old.block_size,
-                max_model_len=old.max_model_len,
-                vocab_size=VOCAB,
-                max_batch_rows=6,
-                max_step_tokens=20,
-            )
-        )
+    @rule(
+        what=st.sampled_from(["none", "failed", "lost", "joined", "frontend", "smaller", "drain"]), frontend=st.integers(0, 2)
+    )
+    def trouble(self, what: str, frontend: int) -> None:
+        driver = self.driver
+        if what == "frontend":
+            driver.frontend_lost(frontend)
+        elif what == "drain" and len(driver.requests) > 12:
+            driver.core.drain()
+        elif what == "failed" and driver.core.in_flight:
+            self.remember_late_results()
+            driver.step_failed()
+        elif what == "lost":
+            self.remember_late_results()
+            driver.lost()
+        elif what == "joined":  # after a loss, or in place of one whose loss was not noticed
+            self.remember_late_results()
+            driver.joined()
+        elif what == "smaller":
+            self.remember_late_results()
+            facts = driver.facts
+            driver.joined(msgspec.structs.replace(facts, num_blocks=max(2, facts.num_blocks - 2)))
 
     def remember_late_results(self) -> None:
         if self.driver.worker is not None:
@@ -170,11 +178,6 @@ class CoreMachine(RuleBasedStateMachine):
         assert self.driver.core.apply(self.late.pop(), self.driver.now) == []
         assert self.driver.core.load(0) == before
         self.driver.check()
-
-    @rule(really=st.integers(0, 15))
-    def drain(self, really: int) -> None:
-        if not really:
-            self.driver.core.drain()
 
     def teardown(self) -> None:
         if hasattr(self, "driver"):
@@ -193,7 +196,7 @@ class LongStaticMachine(StaticMachine):
     pass
 
 
-_quick = settings(max_examples=300, stateful_step_count=40, deadline=None, derandomize=True, database=None)
+_quick = settings(max_examples=250, stateful_step_count=40, deadline=None, derandomize=True, database=None)
 _long = settings(max_examples=1500, stateful_step_count=100, deadline=None, database=None, print_blob=True)
 
 TestContinuous = CoreMachine.TestCase
