@@ -13,6 +13,7 @@ import pytest
 
 from client.api import CarouselClient, GenerateStream
 from tests.helpers.checkpoints import make_checkpoint
+from tests.helpers.fake_hub import FakeHub
 from tests.helpers.server import CAROUSEL, Server, eventually, is_alive, kill, running
 
 PROMPTS = ["a", "def main", "import os\n" * 5, "class A:\n    x = 1\n" * 8, "return " * 60]
@@ -164,6 +165,22 @@ def test_the_simulated_worker_serves_without_torch(model_dir: Path) -> None:
         assert len(all_tokens(client.generate("x", max_tokens=50, ignore_eos=True))) == 50
         [worker] = server.children()["worker"]
         assert "libtorch" not in Path(f"/proc/{worker}/maps").read_text()
+
+
+def test_a_hub_id_is_served_at_the_revision_asked_for(tmp_path: Path) -> None:
+    other, wanted = (
+        make_checkpoint(tmp_path / name, "qwen3", seed=seed, tokenizer=True, max_shard_size="200KB")
+        for seed, name in enumerate(("other", "wanted"))
+    )
+    with FakeHub({"org/tiny": {"main": other, "v1": wanted}}) as hub:
+        options = ("--model", "org/tiny", "--revision", "v1", "--device", "cpu", "--num-blocks", "50")
+        environment = hub.environment(tmp_path / "home")
+        with running(*options, environment=environment) as server, CarouselClient(server.target) as client:
+            assert client.model_info().served_model_name == "tiny"
+            from_hub = all_tokens(client.generate("x = ", max_tokens=20, temperature=0, ignore_eos=True))
+    options = ("--model", str(wanted), "--device", "cpu", "--num-blocks", "50")
+    with running(*options) as server, CarouselClient(server.target) as client:
+        assert all_tokens(client.generate("x = ", max_tokens=20, temperature=0, ignore_eos=True)) == from_hub
 
 
 def test_help_is_given() -> None:

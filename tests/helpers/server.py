@@ -26,10 +26,16 @@ STOP_TIMEOUT_S = 45
 class Server:
     """A running server; `target` is its address."""
 
-    def __init__(self, *options: str) -> None:
+    def __init__(self, *options: str, environment: dict[str, str] | None = None) -> None:
         self._log = tempfile.NamedTemporaryFile("w+", prefix="carousel-server-", suffix=".log")  # noqa: SIM115
         command = [CAROUSEL, "serve", "--port", "0", *options]
-        self.process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=self._log, stderr=subprocess.STDOUT)
+        self.process = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=self._log,
+            stderr=subprocess.STDOUT,
+            env=os.environ | (environment or {}),
+        )
         self.target = ""
 
     def log(self) -> str:
@@ -82,9 +88,9 @@ class Server:
 
 
 @contextlib.contextmanager
-def running(*options: str) -> Iterator[Server]:
+def running(*options: str, environment: dict[str, str] | None = None) -> Iterator[Server]:
     """A server that is ready, stopped at the end."""
-    server = Server(*options)
+    server = Server(*options, environment=environment)
     try:
         server.wait_ready()
         yield server
