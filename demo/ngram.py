@@ -103,10 +103,9 @@ class Counts:
         values = [
             order.count * np.log2(order.probability / self._lower_probability(k)) for k, order in enumerate(self.orders)
         ]
-        floor = -np.partition(-np.concatenate(values), min(entries, self.entries) - 1)[entries - 1 : entries]
-        keep: list[NDArray[np.bool_]] = (
-            [value >= floor for value in values] if len(floor) else [v > -1e9 for v in values]
-        )
+        worst_kept = self.entries - min(entries, self.entries)
+        floor = np.partition(np.concatenate(values), worst_kept)[worst_kept]
+        keep = [value >= floor for value in values]
         keep[0][:] = True
         for k in range(len(keep) - 1, 0, -1):
             keep[k - 1][self.orders[k].parent[keep[k]]] = True
