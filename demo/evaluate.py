@@ -38,9 +38,7 @@ NGRAM_CHOICES = (("token", 3), ("token", 4), ("token", 5), ("token", 6), ("token
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--choose-ngram", action="store_true", help="compare the baseline's settings on the tuning files"
-    )
+    parser.add_argument("--choose-ngram", action="store_true", help="compare the baseline's settings on the tuning files")
     parser.add_argument("--show", action="store_true", help="print the greedy continuations as well")
     arguments, _ = parser.parse_known_args()
     corpus = load_corpus()
@@ -62,9 +60,7 @@ def num_bytes(files: Sequence[SourceFile]) -> int:
     return sum(len(file.text.encode()) for file in files)
 
 
-def model_bits_per_byte(
-    model: LlamaForCausalLM, tokenizer: Tokenizer, files: Sequence[SourceFile], context: int
-) -> float:
+def model_bits_per_byte(model: LlamaForCausalLM, tokenizer: Tokenizer, files: Sequence[SourceFile], context: int) -> float:
     """Each file from its first byte, BOS before it. A token is scored after context / 2 .. context - 1 others."""
     bits = sum(file_bits(model, tokenizer.encode(file.text).ids, context) for file in files)
     return bits / num_bytes(files)
@@ -124,9 +120,7 @@ def print_compression(corpus: Corpus, model: LlamaForCausalLM, tokenizer: Tokeni
         ngram = count_ngrams(corpus.train, NGRAM_UNIT, order, tokenizer).pruned_to(size)
         bits = ngram_bits_per_byte(ngram, files, NGRAM_UNIT, tokenizer)
         name = f"{order}-gram, modified Kneser-Ney"
-        print(
-            f"| {f'**{name}**' if order == NGRAM_ORDER else name} | {ngram.packed_size:,} | {bits:.3f} |", flush=True
-        )
+        print(f"| {f'**{name}**' if order == NGRAM_ORDER else name} | {ngram.packed_size:,} | {bits:.3f} |", flush=True)
     for name, bits in compressors(corpus):
         print(f"| {name} | | {bits:.3f} |", flush=True)
 

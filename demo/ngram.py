@@ -100,9 +100,7 @@ class Counts:
 
     def pruned(self, entries: int) -> NGram:
         """Keep about `entries` n-grams: the most valuable, and the contexts that they hang on."""
-        values = [
-            order.count * np.log2(order.probability / self._lower_probability(k)) for k, order in enumerate(self.orders)
-        ]
+        values = [order.count * np.log2(order.probability / self._lower_probability(k)) for k, order in enumerate(self.orders)]
         worst_kept = self.entries - min(entries, self.entries)
         floor = np.partition(np.concatenate(values), worst_kept)[worst_kept]
         keep = [value >= floor for value in values]

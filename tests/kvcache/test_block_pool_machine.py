@@ -113,5 +113,5 @@ TestBlockPool = BlockPoolMachine.TestCase
 TestBlockPool.settings = settings(max_examples=300, stateful_step_count=40, deadline=None, derandomize=True, database=None)
 TestBlockPoolForLong = pytest.mark.slow(LongBlockPoolMachine.TestCase)
 TestBlockPoolForLong.settings = settings(
-    max_examples=1500, stateful_step_count=80, deadline=None, database=None, print_blob=True
+    max_examples=800, stateful_step_count=80, deadline=None, database=None, print_blob=True
 )

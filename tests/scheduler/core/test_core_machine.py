@@ -197,7 +197,7 @@ class LongStaticMachine(StaticMachine):
 
 
 _quick = settings(max_examples=120, stateful_step_count=40, deadline=None, derandomize=True, database=None)
-_long = settings(max_examples=1500, stateful_step_count=100, deadline=None, database=None, print_blob=True)
+_long = settings(max_examples=400, stateful_step_count=80, deadline=None, database=None, print_blob=True)
 
 TestContinuous = CoreMachine.TestCase
 TestStatic = StaticMachine.TestCase
