@@ -99,7 +99,8 @@ class Engine:
         outputs: list[Output] = []
         for peer, message in self._frontends.receive():
             self._by_number.setdefault(peer.number, peer)
-            outputs += self._from_frontend(peer, message)
+            if message is not None:
+                outputs += self._from_frontend(peer, message)
         return outputs
 
     def _from_frontend(self, peer: Peer, message: Message) -> list[Output]:
@@ -168,8 +169,10 @@ class Engine:
             outputs += self._from_worker(peer, message)
         return outputs
 
-    def _from_worker(self, peer: Peer, message: Message) -> list[Output]:
+    def _from_worker(self, peer: Peer, message: Message | None) -> list[Output]:
         match message:
+            case None:  # it may have been the result that the plans in flight wait for
+                return self._resync() if peer is self.worker and self.core.in_flight else []
             case WorkerHello(group=group) if group != self.core.config.group:
                 log.warning("a worker of group %d came to the core of group %d", group, self.core.config.group)
             case WorkerHello(facts=facts):

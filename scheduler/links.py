@@ -38,9 +38,9 @@ class PeerSocket:
         self.peers: dict[bytes, Peer] = {}
         self._next_number = 0
 
-    def receive(self) -> list[tuple[Peer, Message]]:
-        """All messages that have arrived; malformed ones are logged and dropped."""
-        messages: list[tuple[Peer, Message]] = []
+    def receive(self) -> list[tuple[Peer, Message | None]]:
+        """All messages that have arrived; None for a malformed one, which is logged and dropped."""
+        messages: list[tuple[Peer, Message | None]] = []
         while True:
             try:
                 identity, *frames = self.socket.recv_multipart(zmq.NOBLOCK)
@@ -53,6 +53,7 @@ class PeerSocket:
                 messages.append((self.peers[identity], decode(frames)))
             except WireError as error:
                 log.warning("dropped a message from peer %d: %s", self.peers[identity].number, error)
+                messages.append((self.peers[identity], None))
 
     def send(self, peer: Peer, message: Message) -> None:
         """Sends, or does nothing when the peer is gone: `lost` tells of that."""

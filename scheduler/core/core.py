@@ -63,6 +63,7 @@ class InFlight:
     planned_ns: int
     plan: StepPlan
     sampled: Slots  # slots that sample, in the order of the plan's rows
+    joined: Slots  # slots that compute their first token since admission
     held_blocks: int
     kv_tokens: int
     num_waiting: int
@@ -404,7 +405,8 @@ class Core:
         num_tokens = int(selection.num_tokens.sum())
         assert num_tokens <= self.token_budget
 
-        computed = rows.num_computed[slots] + selection.num_tokens
+        before = rows.num_computed[slots]
+        computed = before + selection.num_tokens
         sampled = slots[computed == rows.num_tokens[slots]]
         rows.num_computed[slots] = computed
         rows.num_tokens[sampled] += 1
@@ -417,6 +419,7 @@ class Core:
                 planned_ns=now,
                 plan=plan,
                 sampled=sampled,
+                joined=slots[before == 0],
                 held_blocks=self.kv.pool.num_held,
                 kv_tokens=self._kv_tokens,
                 num_waiting=len(self.queue),

@@ -9,7 +9,7 @@ from wire import RowRecord, StepRecord
 def step_record(core: Core, step: InFlight, started_ns: int, duration_ns: int) -> StepRecord:
     """The record of a step in flight, before its result is applied; who leaves is added by the caller afterwards."""
     plan = step.plan
-    joined = {start.slot for start in plan.header.starts}
+    joined = set(step.joined.tolist())
     sampled = set(step.sampled.tolist())
 
     def row(slot: int, num_tokens: int, padding: bool) -> RowRecord:

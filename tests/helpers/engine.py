@@ -141,6 +141,10 @@ class HandWorker(Dealer):
         plan = self.receive()
         assert isinstance(plan, StepPlan), plan
         self.send(StepFailed(0, self.epoch, plan.header.step_id, why))
+        self.welcome()
+
+    def welcome(self) -> None:
+        """Waits for the next epoch."""
         self._welcome(self.until(lambda message: isinstance(message, Welcome))[-1])
 
     def _deliver(self, result: StepResult | StepFailed) -> None:

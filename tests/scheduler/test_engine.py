@@ -20,6 +20,7 @@ from wire import (
     Message,
     OutputEnded,
     Refused,
+    StepPlan,
     StepRecord,
     TokenBatch,
     WatchSteps,
@@ -155,6 +156,18 @@ def test_malformed_frames_are_dropped_with_a_line(engine: EngineProcess, fronten
     run_steps(worker, 2)
     assert len(tokens_of(frontend.until(is_end), 1)) == 2
     assert engine.log().count("dropped a message") == 6
+
+
+def test_a_malformed_result_begins_a_new_epoch_instead_of_a_wait_without_end(engine: EngineProcess, frontend: Dealer) -> None:
+    worker = HandWorker(engine, SimExecutor(FACTS))
+    frontend.until(lambda message: isinstance(message, Facts) and message.ready)
+    frontend.send(request(1, [1, 2, 3], 3))
+    worker.until(lambda message: isinstance(message, StepPlan))
+    worker.socket.send_multipart([b"\x01not a result"])
+    worker.welcome()
+    while worker.step(300) is not None:
+        pass
+    assert len(tokens_of(frontend.until(is_end), 1)) == 3
 
 
 def test_a_lost_front_end_frees_what_its_requests_held(engine: EngineProcess, frontend: Dealer) -> None:

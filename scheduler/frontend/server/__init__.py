@@ -78,6 +78,8 @@ def _options(config: FrontendConfig) -> list[tuple[str, int]]:
         # Calls that arrived and were not taken up yet; the library's default sheds bursts of more than 1,000.
         ("grpc.server.max_pending_requests", config.max_streams),
         ("grpc.server.max_pending_requests_hard_limit", config.max_streams),
+        # … and cancels without a reason what was not taken up for 30 s; a client's own deadline is the better judge.
+        ("grpc.server_max_unrequested_time_in_server", 600),
         # A reader whose machine is gone is noticed within a minute; clients may ping every 10 s, also without calls.
         ("grpc.keepalive_time_ms", 40_000),
         ("grpc.keepalive_timeout_ms", 20_000),
