@@ -10,13 +10,11 @@ import argparse
 import io
 import os
 import queue
-import signal
 import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NoReturn
 
 from rich.console import Console
 
@@ -24,6 +22,7 @@ from carousel.v1 import control_pb2, inspect_pb2
 from client import CarouselClient, CarouselError
 from demo import callers, record, timeline
 from demo.figures import Figures, Outcome, comparison, differences, figures
+from demo.interrupts import Interrupted, Interrupts
 from demo.picture import picture
 from demo.server import CAROUSEL, DemoServer, ServerFailedError
 from demo.views import View, colored, view_for
@@ -43,6 +42,15 @@ class RunFailedError(Exception):
     def __init__(self, message: str, server_lines: Sequence[str] = ()) -> None:
         super().__init__(message)
         self.server_lines = server_lines
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Where the demo plays."""
+
+    console: Console
+    interrupts: Interrupts
+    command: Sequence[str]  # what is started as `carousel`
 
 
 @dataclass
@@ -67,18 +75,19 @@ class Run:
         return differences(list(self.outcomes.values()), list(other.outcomes.values()))
 
 
-def run_policy(
-    policy: str, works: list[Work], arguments: argparse.Namespace, console: Console, command: Sequence[str], first: Run | None
-) -> Run:
+def run_policy(policy: str, works: list[Work], arguments: argparse.Namespace, stage: Stage, first: Run | None) -> Run:
     """One server, all requests, and the server's end. first: the run to compare with; requests come at the same times."""
     options = ["--model", arguments.model, "--device", arguments.device, "--policy", policy]
     options += ["--max-batch-rows", str(arguments.rows), "--drain-timeout", "2"]
-    server = DemoServer(options, lambda line: console.out(f"  {line}", style="dim", highlight=False), command)
+    console = stage.console
+    server = DemoServer(
+        options, lambda line: console.out(f"  {line}", style="dim", highlight=False), stage.interrupts, stage.command
+    )
     console.out(f"$ {server.shown}", style="bold", highlight=False)
     with server, CarouselClient(server.target) as client:
-        seen: callers.SeenQueue = queue.SimpleQueue()
+        seen = Watch(stage.interrupts)
         try:
-            with callers.watch(client, seen):
+            with callers.watch(client, seen.queue):
                 alone_s = _warm_up(client, seen)
                 pause_s = first.pause_s if first is not None else alone_s * PAUSE_TOKENS
                 run = Run(policy, client.server_info(), client.model_info(), pause_s)
@@ -89,50 +98,61 @@ def run_policy(
     return run
 
 
-def _next(seen: callers.SeenQueue, timeout_s: float) -> callers.Seen | None:
-    """What was seen next, None if nothing was in this time."""
-    try:
-        event = seen.get(timeout=timeout_s)
-    except queue.Empty:
-        return None
-    if isinstance(event, callers.Failed):
-        raise RunFailedError(f"{event.who} failed: {event.error}")
-    return event
+class Watch:
+    """What callers see, one after the other; ends by exception when one failed, when nothing comes, or by a signal."""
+
+    def __init__(self, interrupts: Interrupts) -> None:
+        self.queue: callers.SeenQueue = queue.SimpleQueue()
+        self.quiet_since_s = time.monotonic()
+        self._interrupts = interrupts
+
+    def next(self, timeout_s: float = _POLL_S) -> callers.Seen | None:
+        """What was seen next, None if nothing was in this time."""
+        self._interrupts.check()
+        try:
+            event = self.queue.get(timeout=max(0.0, min(timeout_s, _POLL_S)))
+        except queue.Empty:
+            if time.monotonic() - self.quiet_since_s > _STALLED_S:
+                raise RunFailedError(f"no token came for {_STALLED_S:g} s") from None
+            return None
+        if isinstance(event, callers.Failed):
+            raise RunFailedError(f"{event.who} failed: {event.error}")
+        self.quiet_since_s = time.monotonic()
+        return event
 
 
-def _warm_up(client: CarouselClient, seen: callers.SeenQueue) -> float:
+def _warm_up(client: CarouselClient, seen: Watch) -> float:
     """Short requests until the watcher has seen a step, so that what follows is measured warm and seen from its first step on.
 
     Returns the seconds that a token takes one request alone.
     """
-    for _ in range(_WARM_UPS):
-        times = [time.monotonic() for _ in client.generate("def ", max_tokens=_WARM_TOKENS, **callers.GREEDY)]
-        if _next(seen, _POLL_S) is not None:
-            return (times[-1] - times[0]) / _WARM_TOKENS
+    for number in range(_WARM_UPS):
+        callers.send(client, Work(f"warm-up {number}", "def ", _WARM_TOKENS, 0), seen.queue)
+        steps_came = False
+        while not isinstance(event := seen.next(), callers.Ended):
+            steps_came |= isinstance(event, inspect_pb2.WatchStepsResponse)
+        if steps_came:
+            return (event.outcome.ended_s - event.outcome.first_token_s) / _WARM_TOKENS
     raise RunFailedError("the server answers, and shows no steps")
 
 
-def _turn(client: CarouselClient, works: list[Work], seen: callers.SeenQueue, view: View, run: Run) -> None:
+def _turn(client: CarouselClient, works: list[Work], seen: Watch, view: View, run: Run) -> None:
     """Sends the opener; when its first token is there, the crowd; then the rest in their time. Until all have ended."""
     opener, *others = works
     ids = {callers.request_id(work) for work in works}
     due: list[tuple[float, Work]] = []  # when to send, soonest first
     crowd_came = False
-    last_seen_s = time.monotonic()
-    callers.send(client, opener, seen)
+    callers.send(client, opener, seen.queue)
     while True:
         now = time.monotonic()
         while due and due[0][0] <= now:
-            callers.send(client, due.pop(0)[1], seen)
-        if len(run.outcomes) == len(works) and (_all_left(run.steps, ids) or now - last_seen_s > _LAST_STEPS_S):
+            callers.send(client, due.pop(0)[1], seen.queue)
+        if len(run.outcomes) == len(works) and (_all_left(run.steps, ids) or now - seen.quiet_since_s > _LAST_STEPS_S):
             return
-        event = _next(seen, max(0.0, min(_POLL_S, due[0][0] - now)) if due else _POLL_S)
-        if event is None:
-            if now - last_seen_s > _STALLED_S:
-                raise RunFailedError(f"no token came for {_STALLED_S:g} s")
-            continue
-        last_seen_s = now
+        event = seen.next(due[0][0] - now if due else _POLL_S)
         match event:
+            case None:
+                continue
             case inspect_pb2.WatchStepsResponse():
                 if run.steps or any(row.request_id in ids for row in event.rows):
                     run.steps.append(event)
@@ -196,18 +216,14 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def _end(number: int, frame: object) -> NoReturn:
-    raise SystemExit(128 + number)
-
-
-def demo(arguments: argparse.Namespace, console: Console, command: Sequence[str]) -> None:
-    began_s = time.monotonic()
+def demo(arguments: argparse.Namespace, stage: Stage) -> None:
+    began_s, console = time.monotonic(), stage.console
     works = workload(arguments.seed)
     tokens = sum(work.max_tokens for work in works)
     console.out(f"{len(works)} requests, {tokens} tokens to make, {arguments.rows} rows in the batch.\n", highlight=False)
-    continuous = run_policy("continuous", works, arguments, console, command, first=None)
+    continuous = run_policy("continuous", works, arguments, stage, first=None)
     console.out("\nThe same requests with static batching: a batch runs until its last request has ended.", highlight=False)
-    static = run_policy("static", works, arguments, console, command, first=continuous)
+    static = run_policy("static", works, arguments, stage, first=continuous)
     show_timelines(console, (continuous, static), works)
     show_comparison(console, continuous, static)
     if arguments.json:
@@ -225,14 +241,14 @@ def demo(arguments: argparse.Namespace, console: Console, command: Sequence[str]
 def main(argv: Sequence[str] | None = None, command: Sequence[str] = CAROUSEL) -> int:
     """command: what is started in place of `carousel`. Returns the exit code."""
     arguments = _parse(argv)
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, _end)
+    interrupts = Interrupts()
+    interrupts.install()
     plain = arguments.plain or not sys.stdout.isatty()
     console = Console(force_terminal=False if plain else None, width=None if sys.stdout.isatty() else _PLAIN_WIDTH)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(line_buffering=True, errors="replace")
     try:
-        demo(arguments, console, command)
+        demo(arguments, Stage(console, interrupts, command))
         return 0
     except RunFailedError as error:
         for line in error.server_lines:
@@ -240,9 +256,9 @@ def main(argv: Sequence[str] | None = None, command: Sequence[str] = CAROUSEL) -
         print(f"demo: {error}", file=sys.stderr)
     except ServerFailedError as error:
         print(f"demo: {error}", file=sys.stderr)
-    except KeyboardInterrupt:
-        print("\ndemo: interrupted; the server is stopped", file=sys.stderr)
-        return 130
+    except Interrupted as error:
+        print("demo: interrupted; the server is stopped", file=sys.stderr)
+        return 128 + error.number
     return 1
 
 

@@ -10,12 +10,14 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
 from client import CarouselClient, CarouselError
+from demo.interrupts import Interrupts
 
 CAROUSEL = (str(Path(sys.executable).parent / "carousel"),)
 READY_S = 120.0  # a cold start reads torch from disk
@@ -29,13 +31,19 @@ class ServerFailedError(Exception):
 
 
 class DemoServer:
-    """`carousel serve` on a free port of loopback, running while it is entered. tell: gets what it says until it is ready."""
+    """`carousel serve` on a free port of loopback, running while it is entered. tell: gets what it says until it is ready.
 
-    def __init__(self, options: Sequence[str], tell: Callable[[str], None], command: Sequence[str] = CAROUSEL) -> None:
+    Waiting for it ends with Interrupted when `interrupts` has a signal; a second one while it stops kills it.
+    """
+
+    def __init__(
+        self, options: Sequence[str], tell: Callable[[str], None], interrupts: Interrupts, command: Sequence[str] = CAROUSEL
+    ) -> None:
         self.port = _free_port()
         self.target = f"127.0.0.1:{self.port}"
         arguments = ["serve", *options, "--port", str(self.port)]
         self.shown = shlex.join(["carousel", *arguments])
+        self._interrupts = interrupts
         self._command = [*command, *arguments]
         self._tell: Callable[[str], None] | None = tell
         self._lines: collections.deque[str] = collections.deque(maxlen=_KEPT_LINES)
@@ -61,6 +69,7 @@ class DemoServer:
     def _wait_ready(self) -> None:
         with CarouselClient(self.target) as client:
             for _ in range(int(READY_S / _POLL_S)):
+                self._interrupts.check()
                 with contextlib.suppress(CarouselError):
                     return client.wait_ready(_POLL_S)
                 if self._process.poll() is not None:
@@ -76,15 +85,22 @@ class DemoServer:
         """SIGTERM, and waits; a server that does not end is killed. Its children end with it."""
         if self._process.poll() is None:
             self._process.send_signal(signal.SIGTERM)
+        until = time.monotonic() + _STOP_S
+        while self._is_running() and time.monotonic() < until and not self._interrupts.in_a_hurry:
+            pass
+        if self._process.poll() is None:
+            self._process.kill()
+            self._process.wait()
+            raise ServerFailedError("the server did not stop in time and was killed")
+        self._reader.join(_POLL_S)
+
+    def _is_running(self) -> bool:
+        """Whether it still runs after a moment."""
         try:
-            self._process.wait(_STOP_S)
+            self._process.wait(_POLL_S)
         except subprocess.TimeoutExpired:
-            raise ServerFailedError(f"the server did not stop within {_STOP_S:g} s and was killed") from None
-        finally:
-            if self._process.poll() is None:  # too slow, or Ctrl-C once more
-                self._process.kill()
-                self._process.wait()
-            self._reader.join(_POLL_S)
+            return True
+        return False
 
     def _read(self) -> None:
         assert self._process.stdout is not None

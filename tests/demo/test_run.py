@@ -110,7 +110,7 @@ def test_a_server_that_does_not_start_is_shown_and_fails_the_demo():
 
 def test_a_request_that_is_refused_fails_the_demo_with_the_servers_words():
     code, out, err = run("--model", "full")
-    assert (code, err) == (1, "demo: RESOURCE_EXHAUSTED: the queue is full\n")
+    assert (code, err) == (1, "demo: request warm-up 0 failed: RESOURCE_EXHAUSTED: the queue is full\n")
     assert out.count("full is served on") == 2  # when it was ready, and as the last that it said
     assert not any(map(is_served, ports(out)))
 
