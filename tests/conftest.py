@@ -1,5 +1,11 @@
-"""For all tests: one thread per process. The models are tiny, and two processes' OpenMP threads would fight for two cores."""
+"""For all tests: what a process inherits from whoever starts the suite must not decide it."""
 
 import os
+import signal
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported, and for the processes that tests start
+# One thread per process: the models are tiny, and two processes' OpenMP threads would fight for two cores. Before torch is
+# imported, and for the processes that tests start.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+# A shell's background job ignores Ctrl-C, and so would every process that a test starts and interrupts.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
