@@ -62,24 +62,49 @@ class Phase:
 class Recipe:
     """The numbers that decide the result. Rates were chosen on the tuning files, never on the held-out ones."""
 
-    seed: int = 2_026
-    # Short windows are a fifth cheaper per token, attention being quadratic; the long ones teach the context.
-    phases: tuple[Phase, ...] = (Phase(800, 256), Phase(600, 512), Phase(500, 1_024))
-    warmup_steps: int = 30
-    constant_share: float = 0.3  # of all steps; the rate then falls to zero in a straight line
-    matrix_rate: float = 1.2e-2  # Muon, scaled to the RMS of an AdamW update
+    seed: int
+    phases: tuple[Phase, ...]
+    warmup_steps: int
+    constant_share: float  # of all steps; the rate then falls to zero in a straight line
+    matrix_rate: float  # Muon, scaled to the RMS of an AdamW update
+    other_rate: float  # AdamW: embedding and norms
     matrix_decay: float = 0.05
-    other_rate: float = 1e-2  # AdamW: embedding and norms
+    cut_texts: bool = False
 
     @property
     def steps(self) -> int:
         return sum(phase.steps for phase in self.phases)
 
 
+# Short windows are a fifth cheaper per token, attention being quadratic; the long ones teach the context.
+WHOLE_TEXTS = Recipe(
+    seed=2_026,
+    phases=(Phase(800, 256), Phase(600, 512), Phase(500, 1_024)),
+    warmup_steps=30,
+    constant_share=0.3,
+    matrix_rate=1.2e-2,
+    other_rate=1e-2,
+)
+# A prompt ends where its writer stopped, often within what the vocabulary holds as one token: after a line break, say,
+# whose token would have held the next line's indentation too. From whole texts alone the model learns that a bare line
+# break means the end of the file. So it goes on, briefly, with texts cut as prompts are.
+CUT_TEXTS = Recipe(
+    seed=2_027,
+    phases=(Phase(300, 1_024),),
+    warmup_steps=20,
+    constant_share=0.0,
+    matrix_rate=4e-3,
+    other_rate=3e-3,
+    cut_texts=True,
+)
+
 TOKENS_PER_STEP = 4_096
 PARTS = 4  # of a step's batch, whatever the number of threads: the result depends on it, the cache likes it small
 CHAT_SHARE = 0.3  # of the functions with a docstring, drawn anew in every epoch: summary -> function
 ALONE_SHARE = 0.1  # of the functions without one: a document that is a function and nothing else
+
+CUTS_PER_LINE_START = 0.04  # the chance that a text is cut before a line, and somewhere within it
+CUTS_PER_LINE = 0.02
 
 
 def llama_config() -> LlamaConfig:
@@ -129,17 +154,18 @@ def train_tokenizer(files: tuple[SourceFile, ...]) -> Tokenizer:
 class Documents:
     """The training texts as token ids, and windows of them without end."""
 
-    def __init__(self, files: tuple[SourceFile, ...], tokenizer: Tokenizer, seed: int) -> None:
-        self._random = random.Random(seed)
-        self._files = [self._encode(tokenizer, file.text) for file in files]
+    def __init__(self, files: tuple[SourceFile, ...], tokenizer: Tokenizer, recipe: Recipe) -> None:
+        self._random = random.Random(recipe.seed)
+        self._cut_texts = recipe.cut_texts
+        self._files = [self._encode(tokenizer, self._pieces(file.text)) for file in files]
         self._chats: list[list[int]] = []
         self._alone: list[list[int]] = []
         for function in (function for file in files for function in functions(file)):
             if function.summary:
                 chat = f"{USER}{function.summary}{EOS}{ASSISTANT}{function.source}"
-                self._chats.append(self._encode(tokenizer, chat))
+                self._chats.append(self._encode(tokenizer, [chat]))
             else:
-                self._alone.append(self._encode(tokenizer, function.source))
+                self._alone.append(self._encode(tokenizer, self._pieces(function.source)))
 
     def windows(self, length: int, rows: int) -> Iterator[torch.Tensor]:
         """Batches [rows, length + 1]: epochs of shuffled documents laid end to end, cut, and the cuts shuffled."""
@@ -157,10 +183,24 @@ class Documents:
         self._random.shuffle(documents)
         return documents
 
+    def _pieces(self, text: str) -> list[str]:
+        """The text, in one piece or cut at random."""
+        pieces = [""]
+        for line in text.splitlines(keepends=True) if self._cut_texts else [text]:
+            if self._cut_texts and self._random.random() < CUTS_PER_LINE_START:
+                pieces.append("")
+            within = self._random.randrange(len(line)) if self._cut_texts and self._random.random() < CUTS_PER_LINE else 0
+            pieces[-1] += line[:within]
+            pieces += [""] * (within > 0)
+            pieces[-1] += line[within:]
+        return pieces
+
     @staticmethod
-    def _encode(tokenizer: Tokenizer, text: str) -> list[int]:
-        """With BOS, which the tokenizer adds, and EOS, which it does not."""
-        return [*tokenizer.encode(text).ids, tokenizer.token_to_id(EOS)]
+    def _encode(tokenizer: Tokenizer, pieces: list[str]) -> list[int]:
+        """BOS, the tokens of each piece by itself, EOS."""
+        encodings = tokenizer.encode_batch(pieces, add_special_tokens=False)
+        ids = (token for encoding in encodings for token in encoding.ids)
+        return [tokenizer.token_to_id(BOS), *ids, tokenizer.token_to_id(EOS)]
 
 
 class Trainer:
@@ -239,23 +279,31 @@ def tuning_bits(model: LlamaForCausalLM, files: tuple[SourceFile, ...], tokenize
     return nats / math.log(2) / size
 
 
+def new_model(seed: int) -> LlamaForCausalLM:
+    torch.manual_seed(seed)
+    return LlamaForCausalLM(llama_config())
+
+
 def train(
-    corpus: Corpus, tokenizer: Tokenizer, recipe: Recipe, threads: int = 2, scratch: Path | None = None
-) -> LlamaForCausalLM:
-    """The trained model, in bf16. Prints its loss as it goes; leaves a copy in `scratch` every 200 steps."""
-    torch.manual_seed(recipe.seed)
-    model = LlamaForCausalLM(llama_config())
+    model: LlamaForCausalLM,
+    corpus: Corpus,
+    tokenizer: Tokenizer,
+    recipe: Recipe,
+    threads: int = 2,
+    scratch: Path | None = None,
+) -> None:
+    """Train the model in place; it is bf16 afterwards. Prints the loss; leaves a copy in `scratch` every 100 steps."""
     trainer = Trainer(model, recipe, threads)
-    documents = Documents(corpus.train, tokenizer, recipe.seed)
-    smoothed = math.log(VOCABULARY)
+    documents = Documents(corpus.train, tokenizer, recipe)
+    smoothed: float | None = None
     for step, batch in enumerate(batches(documents, recipe)):
-        smoothed += 0.05 * (trainer.step(batch, rate_scale(step, recipe)) - smoothed)
+        loss = trainer.step(batch, rate_scale(step, recipe))
+        smoothed = loss if smoothed is None else smoothed + 0.05 * (loss - smoothed)
         if (step + 1) % 25 == 0:
             print(f"step {step + 1}/{recipe.steps}  loss {smoothed:.3f}  cpu {time.process_time():.0f} s", flush=True)
-        if scratch is not None and (step + 1) % 200 == 0:
+        if scratch is not None and (step + 1) % 100 == 0:
             print(f"tuning files: {tuning_bits(model, corpus.tuning, tokenizer):.4f} bits per byte", flush=True)
             write_model(model, scratch)
-    return model
 
 
 def write_model(model: LlamaForCausalLM, folder: Path) -> None:
@@ -287,8 +335,8 @@ def write_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
     (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE)
 
 
-def write_record(corpus: Corpus, recipe: Recipe, cpu_s: float, wall_s: float) -> None:
-    """What this run was, beside the checkpoint: demo/evaluate.py adds the scores to the same file."""
+def write_record(corpus: Corpus, cpu_s: float, wall_s: float) -> None:
+    """What this run was, and on which library: demo/evaluate.py says when it sees another one."""
     record = {
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -297,9 +345,8 @@ def write_record(corpus: Corpus, recipe: Recipe, cpu_s: float, wall_s: float) ->
             name: {"files": len(files), "bytes": sum(len(file.text.encode()) for file in files)}
             for name, files in (("train", corpus.train), ("tuning", corpus.tuning), ("held_out", corpus.held_out))
         },
-        "seed": recipe.seed,
-        "steps": recipe.steps,
-        "tokens": recipe.steps * TOKENS_PER_STEP,
+        "steps": [recipe.steps for recipe in (WHOLE_TEXTS, CUT_TEXTS)],
+        "tokens": sum(recipe.steps for recipe in (WHOLE_TEXTS, CUT_TEXTS)) * TOKENS_PER_STEP,
         "cpu_seconds": round(cpu_s),
         "wall_seconds": round(wall_s),
     }
@@ -310,7 +357,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--evaluate", action="store_true", help="score the checkpoint in demo/model instead")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--scratch", type=Path, help="folder for a copy of the model every 200 steps")
+    parser.add_argument("--scratch", type=Path, help="folder for a copy of the model every 100 steps")
     arguments = parser.parse_args()
     if arguments.evaluate:
         from demo import evaluate  # it needs this module's names
@@ -319,11 +366,14 @@ def main() -> None:
         return
     started = time.monotonic()
     torch.set_num_threads(1)  # per thread of the trainer's pool
-    corpus, recipe = load_corpus(), Recipe()
+    corpus = load_corpus()
     tokenizer = train_tokenizer(corpus.train)
     write_tokenizer(tokenizer, MODEL)
-    write_model(train(corpus, tokenizer, recipe, arguments.threads, arguments.scratch), MODEL)
-    write_record(corpus, recipe, time.process_time(), time.monotonic() - started)
+    model = new_model(WHOLE_TEXTS.seed)
+    for recipe in (WHOLE_TEXTS, CUT_TEXTS):
+        train(model, corpus, tokenizer, recipe, arguments.threads, arguments.scratch)
+    write_model(model, MODEL)
+    write_record(corpus, time.process_time(), time.monotonic() - started)
 
 
 if __name__ == "__main__":
