@@ -32,7 +32,7 @@ PROMPT_LINES = 40
 
 # The baseline as `--choose-ngram` found it on the tuning files.
 NGRAM_UNIT = "token"
-NGRAM_ORDER = 6
+NGRAM_ORDER = 7
 NGRAM_CHOICES = (("token", 3), ("token", 4), ("token", 5), ("token", 6), ("token", 7), ("byte", 7), ("byte", 9))
 
 
