@@ -118,7 +118,7 @@ def test_after_preemptions(case: Case) -> None:
 
 def test_with_a_pool_just_large_enough(case: Case) -> None:
     block_size = 16
-    loop = case.loop(num_blocks=-(-(case.longest - 1) // block_size), block_size=block_size)
+    loop = case.loop(num_blocks=-(-case.longest // block_size), block_size=block_size)
     case.add_all(loop)
     case.compare(loop)
 
