@@ -110,7 +110,7 @@ def test_prompts_chunked_at_odd_sizes(case: Case, max_step_tokens: int) -> None:
 
 
 def test_after_preemptions(case: Case) -> None:
-    loop = case.loop(num_blocks=40, block_size=16)
+    loop = case.loop(num_blocks=-(-case.longest // 16) + 4, block_size=16)  # room for the longest and a little more
     case.add_all(loop)
     case.compare(loop)
     assert loop.core.counters.preemptions > 0
