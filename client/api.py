@@ -31,6 +31,7 @@ PRIORITIES = {
     "normal": generation_pb2.PRIORITY_CLASS_NORMAL,
     "interactive": generation_pb2.PRIORITY_CLASS_INTERACTIVE,
 }
+ON_TIMEOUT = {"partial": generation_pb2.ON_TIMEOUT_RETURN_PARTIAL, "fail": generation_pb2.ON_TIMEOUT_FAIL}
 
 MessageT = TypeVar("MessageT")
 MessageT_co = TypeVar("MessageT_co", covariant=True)
@@ -104,10 +105,16 @@ class GenerateStream(Stream[generation_pb2.GenerateResponse]):
 
     def text(self) -> Iterator[str]:
         """The new text of output 0, piece by piece. Leaving the loop early cancels the request."""
+        for output_index, text in self.texts():
+            if output_index == 0:
+                yield text
+
+    def texts(self) -> Iterator[tuple[int, str]]:
+        """(output_index, new text) of all outputs, as they come. Leaving the loop early cancels the request."""
         with self:
             for event in self:
-                if event.delta.text and event.delta.output_index == 0:
-                    yield event.delta.text
+                if event.delta.text:
+                    yield event.delta.output_index, event.delta.text
 
 
 class CarouselClient:
@@ -120,6 +127,9 @@ class CarouselClient:
             ("grpc.max_receive_message_length", MESSAGE_LIMIT),
             ("grpc.initial_reconnect_backoff_ms", 100),  # a server that is just starting is found at once
             ("grpc.max_reconnect_backoff_ms", 2000),
+            # The transport takes 64 KiB of a stream that nobody reads, instead of up to some MB by probing: so the server
+            # hears soon that a reader has stopped, and computes for others.
+            ("grpc.http2.bdp_probe", 0),
         ]
         if target.startswith(_LOOPBACK):
             options.append(("grpc.enable_http_proxy", 0))  # http_proxy is not meant for this machine
@@ -153,11 +163,16 @@ class CarouselClient:
         top_p: float | None = None,
         min_p: float | None = None,
         seed: int | None = None,
+        num_outputs: int | None = None,
         stop: str | Sequence[str] = (),
         stop_token_ids: Sequence[int] = (),
         ignore_eos: bool | None = None,
         echo: bool | None = None,
         priority: Literal["batch", "normal", "interactive"] | None = None,
+        tenant: str | None = None,
+        max_time_ms: int | None = None,
+        on_timeout: Literal["partial", "fail"] | None = None,
+        cache_salt: str | None = None,
         timeout_s: float | None = None,
     ) -> GenerateStream:
         """Sends a prompt (text, or token ids) and returns the stream of its events. None: the server's default.
@@ -167,7 +182,9 @@ class CarouselClient:
         """
         request = generation_pb2.GenerateRequest(
             request_id=request_id,
-            sampling=generation_pb2.SamplingParams(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, seed=seed),
+            sampling=generation_pb2.SamplingParams(
+                temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, seed=seed, num_outputs=num_outputs
+            ),
             stopping=generation_pb2.StoppingParams(
                 max_tokens=max_tokens,
                 min_tokens=min_tokens,
@@ -176,6 +193,7 @@ class CarouselClient:
                 ignore_eos=ignore_eos,
             ),
             output=generation_pb2.OutputParams(echo=echo),
+            scheduling=generation_pb2.SchedulingParams(tenant=tenant, max_time_ms=max_time_ms, cache_salt=cache_salt),
         )
         if isinstance(prompt, str):
             request.text = prompt
@@ -184,6 +202,8 @@ class CarouselClient:
             request.token_ids.SetInParent()  # an empty prompt is sent as one, for the server to refuse
         if priority is not None:
             request.scheduling.priority = PRIORITIES[priority]
+        if on_timeout is not None:
+            request.scheduling.on_timeout = ON_TIMEOUT[on_timeout]
         return self.stream(request, timeout_s)
 
     def stream(self, request: generation_pb2.GenerateRequest, timeout_s: float | None = None) -> GenerateStream:
@@ -211,9 +231,31 @@ class CarouselClient:
         """Requests, rows and blocks at this moment."""
         return self._ask(self._control.GetLoad, control_pb2.GetLoadRequest())
 
+    def block_tables(self) -> inspect_pb2.GetBlockTablesResponse:
+        """Who holds which block at this moment, and how often blocks are shared."""
+        return self._ask(self._inspect.GetBlockTables, inspect_pb2.GetBlockTablesRequest())
+
     def watch_steps(self) -> Stream[inspect_pb2.WatchStepsResponse]:
         """What each step does, from now on, until it is closed."""
         return Stream(self._inspect.WatchSteps(inspect_pb2.WatchStepsRequest()), self.target)
+
+    # -------------------------------------------------------------------------------------------------- scheduling
+
+    def set_policy(self, name: str) -> str:
+        """Another scheduling policy from the next step on; returns the one in force. Raises CarouselError (INVALID_ARGUMENT)
+        when there is no such policy."""
+        return self._ask(self._control.SetPolicy, control_pb2.SetPolicyRequest(policy=name)).policy
+
+    def list_requests(self, page_size: int | None = None, page_token: str = "") -> control_pb2.ListRequestsResponse:
+        """One page of the requests that are alive, by arrival; page_token: next_page_token of the page before."""
+        request = control_pb2.ListRequestsRequest(page_size=page_size, page_token=page_token)
+        return self._ask(self._control.ListRequests, request)
+
+    def explain(self, request_id: str) -> control_pb2.ExplainRequestResponse:
+        """Why a request waits, or where its time went. Raises CarouselError (NOT_FOUND)."""
+        return self._ask(self._control.ExplainRequest, control_pb2.ExplainRequestRequest(request_id=request_id))
+
+    # ------------------------------------------------------------------------------------------------------- start
 
     def wait_ready(self, timeout_s: float = 60.0) -> None:
         """Returns once health says SERVING. Raises CarouselError (DEADLINE_EXCEEDED) when it does not within the time."""

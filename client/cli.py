@@ -20,25 +20,17 @@ from typing import Any, NoReturn
 
 import click
 import grpc
-from google.protobuf import json_format
 
 from carousel.v1 import generation_pb2
-from client.api import PRIORITIES, CarouselClient, GenerateStream
+from client import control_commands
+from client.api import ON_TIMEOUT, PRIORITIES, CarouselClient, GenerateStream
 from client.errors import CarouselError, ServerUnreachableError
+from client.printing import closed_pipe, harmless, to_json
 
-_INTERRUPTED, _CLOSED_PIPE = 130, 141  # 128 + SIGINT, 128 + SIGPIPE
+_INTERRUPTED = 130  # 128 + SIGINT
 _CANCEL_S = 2.0  # how long Ctrl-C waits for the server's word
 _COUNT = click.IntRange(0)
 _SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
-# The API's own JSON mapping, with the names of the .proto files, zeros written out, on one line.
-_JSON: dict[str, Any] = {
-    "preserving_proto_field_name": True,
-    "always_print_fields_with_no_presence": True,
-    "indent": None,
-    "ensure_ascii": False,
-}
-# A model's text may hold escape sequences. A file may have them; a terminal would obey them.
-_HARMLESS = {code: "\N{REPLACEMENT CHARACTER}" for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
 
 
 @click.group(context_settings=_SETTINGS)
@@ -80,9 +72,10 @@ def carousel() -> None:
 @click.option("--port", type=click.IntRange(0, 65535), metavar="N", help="Port to listen on; 0: a free one. [default: 50051]")
 @click.option(
     "--policy",
-    type=click.Choice(["continuous", "static"]),
-    help="continuous: requests join and leave the batch at every step. static: the baseline, a batch runs until its last"
-    " request has ended. [default: continuous]",
+    type=click.Choice(["continuous", "prefill_first", "static"]),
+    help="continuous: requests join and leave the batch at every step. Two baselines: static, a batch runs until its last"
+    " request has ended; prefill_first, prompts before everybody's next token and blocks reserved for the longest output."
+    " [default: continuous]",
 )
 @click.option(
     "--max-model-len", type=click.IntRange(2), metavar="N", help="Most tokens of prompt + output. [default: the model's]"
@@ -109,6 +102,46 @@ def carousel() -> None:
 )
 @click.option("--max-queue-tokens", type=click.IntRange(1), metavar="N", help="Most prompt tokens waiting. [default: 4000000]")
 @click.option("--static-batch-size", type=click.IntRange(0), metavar="N", help="Rows of a static batch. [default: what fits]")
+@click.option(
+    "--target-itl-ms",
+    type=click.FloatRange(0),
+    metavar="MS",
+    help="Time between two tokens that running requests keep while prompts are computed, if it can be; 0: no target."
+    " [default: 100]",
+)
+@click.option(
+    "--max-preemptions",
+    type=click.IntRange(0),
+    metavar="N",
+    help="After so many a request comes back only when it can stay; 0: no bound. [default: 3]",
+)
+@click.option(
+    "--max-unread-tokens",
+    type=click.IntRange(1),
+    metavar="N",
+    help="Tokens of an output that its reader has not taken, before it stops being computed. [default: 1024]",
+)
+@click.option("--no-prefix-caching", is_flag=True, default=None, help="Compute every prompt in whole.")
+@click.option(
+    "--oldest-every",
+    type=click.IntRange(1),
+    metavar="N",
+    help="One admission in so many goes to whoever has waited longest. [default: 16]",
+)
+@click.option(
+    "--tenant",
+    multiple=True,
+    metavar="NAME[:weight=N][:blocks=N]",
+    help="A tenant's share against the others' and the most KV blocks that it may hold; *: everybody who is not listed. May be"
+    " given several times. [default: equal shares for everybody]",
+)
+@click.option(
+    "--swap-gib", type=click.FloatRange(0), metavar="GIB", help="Host memory for preempted requests. [default: the worker's]"
+)
+@click.option("--record", metavar="FILE", help="Write all that the scheduler is told and plans, for `carousel replay`.")
+@click.option(
+    "--record-limit-mib", type=click.FloatRange(0, min_open=True), metavar="MIB", help="The recording ends at this size."
+)
 @click.option("--threads", type=click.IntRange(1), metavar="N", help="Threads of the CPU worker. [default: one per core]")
 @click.option("--frontends", type=click.IntRange(1, 64), metavar="N", help="gRPC processes that share the port. [default: 1]")
 @click.option(
@@ -119,7 +152,7 @@ def carousel() -> None:
 )
 @click.option("--log-level", type=click.Choice(["debug", "info", "warning", "error"]), help="[default: info]")
 @click.argument("scheduler_options", nargs=-1, type=click.UNPROCESSED, metavar="[-- MORE_OPTIONS]")
-def serve(scheduler_options: tuple[str, ...], **options: str | float | None) -> NoReturn:
+def serve(scheduler_options: tuple[str, ...], **options: str | float | tuple[str, ...] | None) -> NoReturn:
     """Serve a model in the foreground, until Ctrl-C.
 
     Starts the scheduler, its gRPC front end and one worker, and watches them. Whatever stands after `--` is handed on as it is
@@ -131,13 +164,47 @@ def serve(scheduler_options: tuple[str, ...], **options: str | float | None) -> 
       carousel serve --model some-org/some-model --revision main --port 8001
       carousel serve --model ./my-checkpoint --device cpu --threads 4 --kv-memory-gib 2
     """
-    command = [sys.executable, "-m", "scheduler"]
+    arguments: list[str] = []
     for name, value in options.items():
-        if value is not None:
-            command += [f"--{name.replace('_', '-')}", str(value)]
+        flag = f"--{name.replace('_', '-')}"
+        if value is True:
+            arguments.append(flag)
+        elif value is not None:
+            for each in value if isinstance(value, tuple) else (value,):
+                arguments += [flag, str(each)]
+    _become("scheduler", *arguments, *scheduler_options)
+
+
+def _become(module: str, *arguments: str) -> NoReturn:
     # Safe path: a folder or file named scheduler, worker, … where the user happens to stand is not ours.
     environment = os.environ | {"PYTHONSAFEPATH": "1"}
-    os.execve(sys.executable, [*command, *scheduler_options], environment)
+    os.execve(sys.executable, [sys.executable, "-m", module, *arguments], environment)
+
+
+# ---------------------------------------------------------------------------------------------------------------- replay
+
+
+@carousel.command(context_settings=_SETTINGS | {"ignore_unknown_options": True, "help_option_names": []})
+@click.argument("arguments", nargs=-1, type=click.UNPROCESSED, metavar="FILE [OPTIONS]")
+def replay(arguments: tuple[str, ...]) -> NoReturn:
+    """Run the scheduler's core again on what a server recorded with --record, and compare what it plans.
+
+    `carousel replay --help` lists the options.
+    """
+    _become("scheduler", "replay", *arguments)
+
+
+# -------------------------------------------------------------------------------------------------------------- simulate
+
+
+@carousel.command(context_settings=_SETTINGS | {"ignore_unknown_options": True, "help_option_names": []})
+@click.argument("arguments", nargs=-1, type=click.UNPROCESSED, metavar="[OPTIONS]")
+def simulate(arguments: tuple[str, ...]) -> NoReturn:
+    """Run the scheduler's core on a virtual clock: workloads, policies, how much a service can take.
+
+    `carousel simulate --help` lists the options.
+    """
+    _become("bench.simulate", *arguments)
 
 
 # -------------------------------------------------------------------------------------------------------------- generate
@@ -175,9 +242,20 @@ def _token_ids(context: click.Context, parameter: click.Parameter, value: str | 
 @click.option("--top-p", type=float, metavar="P", help="Draw from the likeliest tokens that make up this probability.")
 @click.option("--min-p", type=float, metavar="P", help="Leave out tokens less likely than this share of the likeliest.")
 @click.option("--seed", type=_COUNT, metavar="N", help="The same seed draws the same. [default: random]")
+@click.option("--num-outputs", type=_COUNT, metavar="N", help="So many continuations, each line with its number before it.")
 @click.option("--stop", multiple=True, metavar="TEXT", help="End where this text appears. May be given several times.")
 @click.option("--ignore-eos", is_flag=True, default=None, help="Go on after the model's own end token, up to --max-tokens.")
 @click.option("--priority", type=click.Choice([*PRIORITIES]), help="Who goes first when requests wait. [default: normal]")
+@click.option("--tenant", metavar="NAME", help="Whose share of the server this counts against.")
+@click.option(
+    "--max-time-ms", type=_COUNT, metavar="MS", help="Refuse what can't begin within this time, end what takes longer."
+)
+@click.option(
+    "--on-timeout",
+    type=click.Choice([*ON_TIMEOUT]),
+    help="What a request is whose time is over: partial, an answer cut short; fail, an error. [default: fail]",
+)
+@click.option("--cache-salt", metavar="TEXT", help="Share cached prompts only with requests of the same salt.")
 @click.option("--timeout", type=click.FloatRange(0, min_open=True), metavar="SECONDS", help="Give up after this time.")
 @click.option("--echo", is_flag=True, default=None, help="Print the prompt too.")
 @click.option("--json", "as_json", is_flag=True, help="Print the stream's events instead, one JSON object a line.")
@@ -210,7 +288,8 @@ def generate(
         )
     words = token_ids if token_ids is not None else prompt if prompt is not None else _read(file or "-")
     started_s, request_id = time.monotonic(), str(uuid.uuid4())
-    output = _Output(as_json)
+    several = (parameters["num_outputs"] or 1) > 1
+    output = _LabelledOutput() if several and not as_json else _Output(as_json)
     with CarouselClient(target) as client, _CtrlC(lambda: _interrupted(client, request_id, output)):
         stream = _send(client, words, request_id, timeout, parameters)
         try:
@@ -231,7 +310,7 @@ def _send(
     try:
         return client.generate(prompt, request_id=request_id, timeout_s=timeout_s, **parameters)
     except UnicodeEncodeError:
-        raise click.UsageError("the prompt and the stop strings must be UTF-8 text") from None
+        raise click.UsageError("the prompt and all other text must be UTF-8") from None
     except ValueError as error:  # a number too large for its field
         raise click.UsageError(str(error)) from None
 
@@ -257,13 +336,13 @@ class _Output:
 
     def event(self, event: generation_pb2.GenerateResponse) -> None:
         if self._as_json:
-            self._write(json_format.MessageToJson(event, **_JSON) + "\n")
+            self._write(to_json(event) + "\n")
         elif event.delta.text:
             self._write(event.delta.text)
 
     def _write(self, text: str) -> None:
         if self._terminal:
-            text = text.translate(_HARMLESS)
+            text = harmless(text)
         sys.stdout.buffer.write(text.encode(sys.stdout.encoding if self._terminal else "utf-8", errors="replace"))
         sys.stdout.buffer.flush()
         self.in_line = self._terminal and not text.endswith("\n")
@@ -272,6 +351,34 @@ class _Output:
         """On a terminal what follows starts a line of its own; files and pipes get the text and nothing else."""
         if self.in_line:
             self._write("\n")
+
+
+class _LabelledOutput(_Output):
+    """Several outputs: their lines as they are complete, each with its output's number."""
+
+    def __init__(self) -> None:
+        super().__init__(as_json=False)
+        self._lines: dict[int, str] = {}  # the incomplete line of each output
+
+    def event(self, event: generation_pb2.GenerateResponse) -> None:
+        if event.WhichOneof("event") == "finished":
+            self._flush(event.finished.output_index)
+        elif event.delta.text:
+            index = event.delta.output_index
+            *complete, rest = (self._lines.get(index, "") + event.delta.text).split("\n")
+            self._lines[index] = rest
+            if complete:
+                self._write("".join(f"[{index}] {line}\n" for line in complete))
+
+    def end(self) -> None:
+        """What was incomplete when the stream broke."""
+        for index in sorted(self._lines):
+            self._flush(index)
+
+    def _flush(self, index: int) -> None:
+        line = self._lines.pop(index, "")
+        if line:
+            self._write(f"[{index}] {line}\n")
 
 
 class _CtrlC:
@@ -329,22 +436,26 @@ def _closed_pipe(client: CarouselClient, stream: GenerateStream) -> int:
     with contextlib.suppress(CarouselError):
         client.cancel(stream.request_id, timeout_s=_CANCEL_S)
     stream.close()
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
-    return _CLOSED_PIPE
+    return closed_pipe()
 
 
 def _say_stats(stream: GenerateStream, elapsed_s: float) -> None:
-    summary, finished = stream.summary, stream.finished.get(0)
-    if summary is None or finished is None:
+    summary = stream.summary
+    if summary is None:
         return
     usage, timing = summary.usage, summary.timing
-    reason = generation_pb2.FinishReason.Name(finished.reason).removeprefix("FINISH_REASON_").lower()
+    reasons = [generation_pb2.FinishReason.Name(stream.finished[index].reason) for index in sorted(stream.finished)]
+    reason = ", ".join(name.removeprefix("FINISH_REASON_").lower() for name in reasons)
     rate = usage.output_tokens / elapsed_s
     _say(
         f"{usage.output_tokens} tokens in {elapsed_s:.2f} s ({rate:.1f} tokens/s), ended by {reason};"
         f" first token after {timing.time_to_first_token_ns / 1e6:.0f} ms ({timing.queued_ns / 1e6:.0f} ms of it in the queue);"
         f" prompt {usage.prompt_tokens} tokens ({usage.cached_tokens} cached); seed {timing.seed}; request {summary.request_id}"
     )
+
+
+for _command in control_commands.COMMANDS:
+    carousel.add_command(_command)
 
 
 # ---------------------------------------------------------------------------------------------------------------- errors

@@ -15,7 +15,8 @@ class CarouselError(Exception):
     """A call that the server refused, or that broke.
 
     code: the gRPC status. message: the server's words. fields: what is wrong with which field of the request (BadRequest).
-    retry_after_s: when to try again (RetryInfo), seconds. reason: a word for programs (ErrorInfo).
+    retry_after_s: when to try again (RetryInfo), seconds. reason: a word for programs (ErrorInfo), metadata: numbers that go
+    with it, such as estimate_ms.
     """
 
     def __init__(
@@ -26,6 +27,7 @@ class CarouselError(Exception):
         fields: dict[str, str] | None = None,
         retry_after_s: float | None = None,
         reason: str = "",
+        metadata: dict[str, str] | None = None,
     ) -> None:
         super().__init__(f"{code.name}: {message}")
         self.code = code
@@ -33,6 +35,7 @@ class CarouselError(Exception):
         self.fields = fields or {}
         self.retry_after_s = retry_after_s
         self.reason = reason
+        self.metadata = metadata or {}
 
 
 class ServerUnreachableError(CarouselError):
@@ -44,6 +47,7 @@ class _Details:
     """The google.rpc details of a status; `any` is false when the status carries none."""
 
     fields: dict[str, str]
+    metadata: dict[str, str]
     retry_after_s: float | None = None
     reason: str = ""
     any: bool = False
@@ -58,11 +62,18 @@ def error_of(error: grpc.RpcError, target: str, answered: bool) -> CarouselError
         if answered:
             return CarouselError(code, f"the connection to {target} broke: {message}")
         return ServerUnreachableError(code, f"no server answers at {target}: {message}")
-    return CarouselError(code, message, fields=details.fields, retry_after_s=details.retry_after_s, reason=details.reason)
+    return CarouselError(
+        code,
+        message,
+        fields=details.fields,
+        retry_after_s=details.retry_after_s,
+        reason=details.reason,
+        metadata=details.metadata,
+    )
 
 
 def _details_of(call: grpc.Call) -> _Details:
-    details = _Details({})
+    details = _Details({}, {})
     try:
         status = rpc_status.from_call(call)
     except (ValueError, DecodeError):  # something on the way made them up
@@ -79,5 +90,5 @@ def _details_of(call: grpc.Call) -> _Details:
         elif packed.Unpack(retry_info):
             details.retry_after_s = retry_info.retry_delay.seconds + retry_info.retry_delay.nanos / 1e9
         elif packed.Unpack(info):
-            details.reason = info.reason
+            details.reason, details.metadata = info.reason, dict(info.metadata)
     return details

@@ -11,6 +11,8 @@ GIB = 1 << 30
 DEFAULT_CPU_BYTES = 4 * GIB  # the pool on a CPU unless told otherwise; less where the memory or the use is smaller
 CPU_SHARE = 0.5  # of the available memory: activations, the page cache and the neighbours live from the rest
 CUDA_SHARE = 0.88  # of what is free after the weights: activations and the library's workspaces live from the rest
+DEFAULT_SWAP_BYTES = 4 * GIB  # host memory that sequences of a GPU are swapped to, unless told otherwise …
+SWAP_SHARE = 0.1  # … and at most this share of what is available: it is locked in memory
 
 
 class SizingError(Exception):
@@ -41,8 +43,12 @@ class PoolSize:
         return self.num_blocks * self.block_size
 
     @property
+    def block_bytes(self) -> int:
+        return self.block_size * self.bytes_per_token
+
+    @property
     def num_bytes(self) -> int:
-        return (self.num_blocks + 1) * self.block_size * self.bytes_per_token
+        return (self.num_blocks + 1) * self.block_bytes
 
     def __str__(self) -> str:
         text = (
@@ -105,6 +111,23 @@ def size_pool(
             f"the KV cache has {blocks:,} ({format_bytes(blocks * block_bytes)}): lower --max-model-len or give it more"
         )
     return PoolSize(blocks, block_size, bytes_per_token, blocks * block_size, lowered_from=length)
+
+
+def size_host_pool(block_bytes: int, available_bytes: int, wished_bytes: int | None) -> int:
+    """Blocks of host memory for swapped sequences: what was wished for or a refusal; without a wish a small share of it."""
+    if wished_bytes is None:
+        return min(DEFAULT_SWAP_BYTES, int(SWAP_SHARE * available_bytes)) // block_bytes
+    if wished_bytes > available_bytes:
+        raise SizingError(
+            f"the swap space is to have {format_bytes(wished_bytes)}, {format_bytes(available_bytes)} are available: "
+            "lower --swap-gib"
+        )
+    if 0 < wished_bytes < block_bytes:
+        raise SizingError(
+            f"the swap space of {format_bytes(wished_bytes)} holds no block, which takes {format_bytes(block_bytes)}: "
+            "raise --swap-gib, or set it to 0"
+        )
+    return wished_bytes // block_bytes
 
 
 def format_bytes(count: int) -> str:

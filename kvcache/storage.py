@@ -1,18 +1,33 @@
-"""The keys and values themselves: one tensor per layer, and how it is laid out. Only the worker imports this.
+"""The keys and values themselves: one tensor per layer, how it is laid out, and how blocks move. Only the worker imports this.
 
-Which block belongs to whom is not known here; see manager.py for the numbers.
+Which block belongs to whom is not known here; see manager.py for the numbers. Block ids come as int32 arrays and have been
+checked by whoever calls.
+
+Legend: L layers, B blocks of the device, C blocks of the host, K key-value heads, S tokens of a block, D head size, n blocks
+moved, m blocks staged at a time.
 """
 
 from __future__ import annotations
 
+import weakref
+from collections.abc import Iterator
+from typing import Any, cast
+
+import numpy as np
 import torch
+from torch import Tensor
+
+from wire.messages import I32
+
+_STAGE_BYTES = 64 << 20  # blocks on their way: enough to keep the bus busy, little beside the pool
 
 
 class KVStorage:
-    """Keys and values of all layers, [2, 1 + num_blocks, num_kv_heads, block_size, head_dim] each; index 0 keys, 1 values.
+    """Keys and values of all layers, [2, 1 + B, K, S, D] each; index 0 keys, 1 values.
 
-    A block of one head is contiguous. Block 0 is the dump: padding rows write there, and nothing reads it. The memory is
-    written once here, so that a pool which does not fit fails at start-up and not in the middle of a request.
+    A block of one head is contiguous. Block 0 is the dump: padding rows write there, and nothing reads it. In host memory,
+    where swapped sequences wait, a block is one piece [L, 2, K, S, D], so that it crosses the bus in one copy; ids are 1..C.
+    The memory is written once here, so that a pool which does not fit fails at start-up and not in the middle of a request.
     """
 
     def __init__(
@@ -24,7 +39,60 @@ class KVStorage:
         head_dim: int,
         dtype: torch.dtype,
         device: torch.device | str,
+        num_host_blocks: int = 0,
     ) -> None:
-        self.num_blocks, self.block_size = num_blocks, block_size
-        shape = (2, 1 + num_blocks, num_kv_heads, block_size, head_dim)
-        self.layers = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(num_layers)]
+        self.num_blocks, self.block_size, self.num_host_blocks = num_blocks, block_size, num_host_blocks
+        block = (num_kv_heads, block_size, head_dim)
+        self.layers = [torch.zeros((2, 1 + num_blocks, *block), dtype=dtype, device=device) for _ in range(num_layers)]
+        self._host = torch.zeros((num_host_blocks, num_layers, 2, *block), dtype=dtype)
+        if num_host_blocks and torch.device(device).type == "cuda":
+            self._pin()
+        block_bytes = num_layers * 2 * num_kv_heads * block_size * head_dim * dtype.itemsize
+        staged = min(num_host_blocks, max(1, _STAGE_BYTES // block_bytes))
+        self._stage = torch.empty((staged, num_layers, 2, *block), dtype=dtype, device=device)  # [m, L, 2, K, S, D]
+
+    def swap_out(self, blocks: I32, host_blocks: I32) -> None:
+        """Copies each block to the host block of the same place in the arrays. Does not wait: what is asked for next on the
+        device, or of the host blocks through swap_in, comes after it."""
+        for part in self._parts(len(blocks)):
+            staged, index = self._stage[: len(blocks[part])], self._index(blocks[part])
+            for number, layer in enumerate(self.layers):
+                staged[:, number] = layer.index_select(1, index).transpose(0, 1)
+            for at, first, count in _runs(host_blocks[part]):
+                self._host[first - 1 : first - 1 + count].copy_(staged[at : at + count], non_blocking=True)
+
+    def swap_in(self, host_blocks: I32, blocks: I32) -> None:
+        """Copies each host block back to the block of the same place in the arrays; no block twice. Does not wait either."""
+        for part in self._parts(len(blocks)):
+            staged, index = self._stage[: len(blocks[part])], self._index(blocks[part])
+            for at, first, count in _runs(host_blocks[part]):
+                staged[at : at + count].copy_(self._host[first - 1 : first - 1 + count], non_blocking=True)
+            for number, layer in enumerate(self.layers):
+                layer.index_copy_(1, index, staged[:, number].transpose(0, 1))
+
+    def copy(self, sources: I32, destinations: I32) -> None:
+        """Copies blocks on the device, whole; no destination twice, and none of them a source."""
+        source, destination = self._index(sources), self._index(destinations)
+        for layer in self.layers:
+            layer.index_copy_(1, destination, layer.index_select(1, source))
+
+    def _parts(self, count: int) -> Iterator[slice]:
+        for at in range(0, count, len(self._stage)):
+            yield slice(at, at + len(self._stage))
+
+    def _index(self, blocks: I32) -> Tensor:
+        return torch.from_numpy(blocks.astype(np.int64)).to(self.layers[0].device)
+
+    def _pin(self) -> None:
+        """Locks the host blocks in memory where they are, for copies that run beside the computation. (Pinned memory made by
+        torch comes in powers of two: up to twice of what was asked for.)"""
+        runtime, address = cast(Any, torch.cuda).cudart(), self._host.data_ptr()
+        torch.cuda.check_error(runtime.cudaHostRegister(address, self._host.nbytes, 0))
+        weakref.finalize(self, runtime.cudaHostUnregister, address).atexit = False
+
+
+def _runs(ids: I32) -> Iterator[tuple[int, int, int]]:
+    """(place in the array, first id, number of ids) of each run of consecutive ids."""
+    starts = np.flatnonzero(np.diff(ids, prepend=ids[:1] - 2) != 1)
+    lengths = np.diff(starts, append=len(ids))
+    yield from zip(starts.tolist(), ids[starts].tolist(), lengths.tolist(), strict=True)

@@ -1,4 +1,7 @@
-"""`python -m scheduler OPTIONS` is the service; `… engine JSON` and `… frontend JSON` are the processes that it starts."""
+"""`python -m scheduler OPTIONS` is the service; `… engine JSON` and `… frontend JSON` are the processes that it starts.
+
+`python -m scheduler replay FILE` runs the core on a recording.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,10 @@ import msgspec
 
 
 def main() -> int:
+    if sys.argv[1:2] == ["replay"]:
+        from scheduler.replay import replay_command
+
+        replay_command(sys.argv[2:], prog_name="carousel replay")
     role = sys.argv[1] if len(sys.argv) == 3 else ""
     if role == "engine":
         from scheduler import engine

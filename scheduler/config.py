@@ -16,6 +16,9 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     status_fd: int  # where it tells the supervisor that it is ready
     drain_timeout_s: float
     log_level: str
+    record: str = ""  # file for the core's inputs and plans; empty: none
+    record_limit_mib: float = 0.0  # its largest size; 0: no limit
+    dump_folder: str = ""  # for what led to a failure of the core; empty: the system's folder for temporary files
 
 
 class ServeConfig(msgspec.Struct, frozen=True, kw_only=True):
@@ -30,4 +33,6 @@ class ServeConfig(msgspec.Struct, frozen=True, kw_only=True):
     frontends: int = 1
     drain_timeout_s: float = 30.0
     log_level: str = "info"
+    record: str = ""
+    record_limit_mib: float = 0.0
     worker_options: tuple[str, ...] = ()  # handed to `python -m worker` as they are

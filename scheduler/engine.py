@@ -1,6 +1,7 @@
 """The core process: the loop around the core. Waits for messages, hands them to the core, sends what it says.
 
-Blocks in one poll; no asyncio, no thread, no spinning. Knows sockets, the clock and signals; decides nothing.
+Blocks in one poll; no asyncio, no thread, no spinning. Knows sockets, the clock and signals; decides nothing. Whatever goes to
+the core goes through the recorder.
 """
 
 from __future__ import annotations
@@ -9,8 +10,10 @@ import logging
 import os
 import signal
 import socket
+import tempfile
 import time
 from importlib.metadata import version
+from pathlib import Path
 
 import msgspec
 import zmq
@@ -18,21 +21,36 @@ import zmq
 from scheduler.config import EngineConfig
 from scheduler.core import Core, Output
 from scheduler.core.core import ProtocolError
-from scheduler.core.observe import step_record
+from scheduler.core.explain import explain
+from scheduler.core.observe import block_tables, list_requests, step_record
+from scheduler.core.request import State
 from scheduler.links import Peer, PeerSocket
 from scheduler.process import log_to_stderr, obey_the_supervisor
+from scheduler.recorder import CoreFailureError, Recorded, RecordingFile, Ring
 from wire import (
     AbortRequest,
     AddRequest,
+    BlockTablesQuery,
     CancelQuery,
     CancelReply,
+    Credit,
+    EndReason,
+    ExplainQuery,
+    ExplainReply,
     Facts,
     FrontendHello,
+    ListQuery,
     LoadQuery,
     Message,
+    OutputEnded,
+    Refused,
+    SetPolicyQuery,
+    SetPolicyReply,
     StepFailed,
     StepRecord,
     StepResult,
+    TokenBatch,
+    TokenBatchHeader,
     TruncateRequest,
     WatchSteps,
     Welcome,
@@ -44,6 +62,9 @@ log = logging.getLogger(__name__)
 
 _REPROBE_MS = 50  # a closed connection can show a moment before its peer is known to be gone
 _REPROBES = 20
+_MOST_DUMPS = 16  # files of the ring that one process writes …
+_DUMP_EVERY_NS = 60 * 1_000_000_000  # … at least so far apart
+_OWN_FAULT = "the scheduler failed and began anew"
 
 
 class Engine:
@@ -51,7 +72,9 @@ class Engine:
 
     def __init__(self, config: EngineConfig) -> None:
         self.config = config
-        self.core = Core(config.core)
+        self._ring = Ring()
+        self._file = _recording_file(config)
+        self._inputs = Recorded(Core(config.core), self._ring, *([self._file] if self._file else []))
         self.started_ns = time.monotonic_ns()
         self.worker: Peer | None = None
         self._context = zmq.Context()
@@ -63,12 +86,18 @@ class Engine:
         self._checked_idle = True
         self._reprobes = 0
         self._stop_at_ns: int | None = None  # draining: when to give up
+        self._dumped_ns: list[int] = []  # when the ring was written
         self._wakeup, writer = socket.socketpair()
         for end in (self._wakeup, writer):
             end.setblocking(False)
         signal.set_wakeup_fd(writer.fileno())
         self._writer = writer
         signal.signal(signal.SIGTERM, lambda *_: None)  # the wake-up socket tells
+
+    @property
+    def core(self) -> Core:
+        """To be asked; its verbs are called through the recorder."""
+        return self._inputs.core
 
     def run(self) -> None:
         """Until it was told to stop and has nothing left to do, or the drain timeout is over."""
@@ -85,10 +114,15 @@ class Engine:
             if self._frontends.monitor in ready or self._workers.monitor in ready:
                 self._reprobes = _REPROBES
             outputs += self._notice_losses()
-            self._send_plans()
+            outputs += self._send_plans()
             self._deliver(outputs)
-            self._check_when_idle()
-        self._deliver(self.core.drop_all("the server is shutting down", time.monotonic_ns()))
+            self._deliver(self._check_when_idle())
+        try:
+            self._deliver(self._inputs.drop_all("the server is shutting down", time.monotonic_ns()))
+        except CoreFailureError as failure:
+            self._deliver(self._begin_anew(failure))
+        if self._file is not None:
+            self._file.close()
         self._frontends.close(linger_ms=1000)
         self._workers.close(linger_ms=0)
         self._context.term()
@@ -100,26 +134,33 @@ class Engine:
         for peer, message in self._frontends.receive():
             self._by_number.setdefault(peer.number, peer)
             if message is not None:
-                outputs += self._from_frontend(peer, message)
+                try:
+                    outputs += self._from_frontend(peer, message)
+                except CoreFailureError as failure:
+                    if isinstance(message, AddRequest):
+                        self._frontends.send(peer, Refused(message.header.handle, "INTERNAL", _OWN_FAULT))
+                    outputs += self._begin_anew(failure)
         return outputs
 
     def _from_frontend(self, peer: Peer, message: Message) -> list[Output]:
-        core, now = self.core, time.monotonic_ns()
+        inputs, now = self._inputs, time.monotonic_ns()
         match message:
             case AddRequest():
-                refused = core.add(message, peer.number, now)
+                refused = inputs.add(message, peer.number, now)
                 if refused is not None:
                     self._frontends.send(peer, refused)
+            case Credit(handles=handles, num_tokens=num_tokens):
+                inputs.credit(peer.number, handles, num_tokens, now)
             case AbortRequest(handle=handle):
-                return core.abort(peer.number, handle, now)
+                return inputs.abort(peer.number, handle, now)
             case TruncateRequest(handle=handle, num_output_tokens=count):
-                return core.truncate(peer.number, handle, count, now)
+                return inputs.truncate(peer.number, handle, count, now)
             case CancelQuery(query_id=query_id, request_id=request_id):
-                outcome, outputs = core.cancel(request_id, now)
+                outcome, outputs = inputs.cancel(request_id, now)
                 self._frontends.send(peer, CancelReply(query_id, outcome))
                 return outputs
-            case LoadQuery(query_id=query_id):
-                self._frontends.send(peer, core.load(query_id))
+            case SetPolicyQuery(query_id=query_id, policy=policy):
+                self._set_policy(peer, query_id, policy)
             case WatchSteps(on=on):
                 if on:
                     self._watching[peer.number] = peer
@@ -129,8 +170,33 @@ class Engine:
                 log.info("front end %d (pid %d) has joined", peer.number, pid)
                 self._frontends.send(peer, self._facts())
             case _:
-                log.warning("front end %d sent %s, which is not for the core", peer.number, type(message).__name__)
+                self._answer(peer, message)
         return []
+
+    def _answer(self, peer: Peer, message: Message) -> None:
+        """Questions about the core, which change nothing in it. Our own fault in an answer leaves the question open."""
+        try:
+            match message:
+                case LoadQuery(query_id=query_id):
+                    self._frontends.send(peer, self.core.load(query_id))
+                case ExplainQuery(query_id=query_id, request_id=request_id):
+                    explanation = explain(self.core, request_id, time.monotonic_ns())
+                    self._frontends.send(peer, ExplainReply(query_id, explanation))
+                case ListQuery(query_id=query_id, after=after, limit=limit):
+                    self._frontends.send(peer, list_requests(self.core, query_id, after, limit))
+                case BlockTablesQuery(query_id=query_id):
+                    self._frontends.send(peer, block_tables(self.core, query_id))
+                case _:
+                    log.warning("front end %d sent %s, which is not for the core", peer.number, type(message).__name__)
+        except (AssertionError, LookupError, TypeError, ValueError, ArithmeticError):
+            log.exception("%s could not be answered", type(message).__name__)
+
+    def _set_policy(self, peer: Peer, query_id: int, name: str) -> None:
+        error = self._inputs.set_policy(name, time.monotonic_ns())
+        self._frontends.send(peer, SetPolicyReply(query_id, self.core.policy.name, error))
+        if not error:
+            log.info("the policy is %s now", name)
+            self._tell_facts()
 
     def _deliver(self, outputs: list[Output]) -> None:
         for output in outputs:
@@ -154,6 +220,7 @@ class Engine:
             max_queue_requests=core.config.max_queue_requests,
             max_queue_tokens=core.config.max_queue_tokens,
             workers=workers,
+            max_unread_tokens=core.config.max_unread_tokens,
         )
 
     def _tell_facts(self) -> None:
@@ -166,7 +233,10 @@ class Engine:
     def _hear_workers(self) -> list[Output]:
         outputs: list[Output] = []
         for peer, message in self._workers.receive():
-            outputs += self._from_worker(peer, message)
+            try:
+                outputs += self._from_worker(peer, message)
+            except CoreFailureError as failure:
+                outputs += self._begin_anew(failure)
         return outputs
 
     def _from_worker(self, peer: Peer, message: Message | None) -> list[Output]:
@@ -194,7 +264,7 @@ class Engine:
 
     def _begin_epoch(self, facts: WorkerFacts) -> list[Output]:
         assert self.worker is not None
-        outputs = self.core.worker_joined(facts, time.monotonic_ns())
+        outputs = self._inputs.worker_joined(facts, time.monotonic_ns())
         self._workers.send(self.worker, Welcome(self.core.config.group, self.core.epoch))
         self._tell_facts()
         if not self._ready_told:
@@ -205,33 +275,45 @@ class Engine:
     def _resync(self) -> list[Output]:
         """The worker's mirror is void: everything that ran waits again, and a new epoch begins with the same worker."""
         assert self.core.facts is not None
-        outputs = self.core.worker_lost(time.monotonic_ns())
+        outputs = self._inputs.worker_lost(time.monotonic_ns())
         return outputs + self._begin_epoch(self.core.facts)
 
     def _result(self, result: StepResult) -> list[Output]:
-        core = self.core
-        record = None
-        if self._watching and core.in_flight and core.in_flight[0].step_id == result.header.step_id:
-            record = step_record(core, core.in_flight[0], self.started_ns, result.header.duration_ns)
+        core, record = self.core, None
+        if self._watching:
+            record = self._record_of(result)
         try:
-            outputs = core.apply(result, time.monotonic_ns())
+            outputs = self._inputs.apply(result, time.monotonic_ns())
         except ProtocolError as error:
             log.error("the worker's mirror is out of step: %s", error)
+            self._dump(f"the worker's mirror is out of step: {error}")
             return self._resync()
         leaves, core.leaves = core.leaves, []
         if record is not None:
             self._tell_watchers(msgspec.structs.replace(record, leaves=tuple(leaves)))
         return outputs
 
+    def _record_of(self, result: StepResult) -> StepRecord | None:
+        """Before the result is applied; who leaves is added afterwards."""
+        core = self.core
+        if not core.in_flight or core.in_flight[0].step_id != result.header.step_id:
+            return None
+        return step_record(core, core.in_flight[0], self.started_ns, result.header.duration_ns)
+
     def _tell_watchers(self, record: StepRecord) -> None:
         for peer in self._watching.values():
             self._frontends.send(peer, record)
 
-    def _send_plans(self) -> None:
-        while (plan := self.core.plan(time.monotonic_ns())) is not None:
-            assert self.worker is not None
-            self._checked_idle = False
-            self._workers.send(self.worker, plan)
+    def _send_plans(self) -> list[Output]:
+        """As many as the pipeline takes. Returns what the clock has ended."""
+        try:
+            while (plan := self._inputs.plan(time.monotonic_ns())) is not None:
+                assert self.worker is not None
+                self._checked_idle = False
+                self._workers.send(self.worker, plan)
+        except CoreFailureError as failure:
+            return self._begin_anew(failure)
+        return self.core.take_outputs()
 
     # ---------------------------------------------------------------------------------------------- life and death
 
@@ -244,41 +326,109 @@ class Engine:
             self._by_number.pop(peer.number, None)
             self._watching.pop(peer.number, None)
             log.warning("front end %d is gone", peer.number)
-            self.core.frontend_lost(peer.number, time.monotonic_ns())
+            try:
+                self._inputs.frontend_lost(peer.number, time.monotonic_ns())
+            except CoreFailureError as failure:
+                outputs += self._begin_anew(failure)
         for peer in self._workers.lost():
             if peer is self.worker:
                 log.error("the worker is gone; its requests wait for the next one")
                 self.worker = None
-                outputs += self.core.worker_lost(time.monotonic_ns())
-                self._tell_facts()
+                try:
+                    outputs += self._inputs.worker_lost(time.monotonic_ns())
+                    self._tell_facts()
+                except CoreFailureError as failure:
+                    outputs += self._begin_anew(failure)
         return outputs
 
     def _drain(self) -> None:
         if self._stop_at_ns is None:
             log.info("draining: no new requests, %d to finish", self.core.num_requests)
             self._stop_at_ns = time.monotonic_ns() + int(self.config.drain_timeout_s * 1e9)
-            self.core.drain()
+            self._inputs.drain()
             self._tell_facts()
 
     def _is_done(self) -> bool:
         return self._stop_at_ns is not None and (self.core.is_idle or time.monotonic_ns() >= self._stop_at_ns)
 
     def _timeout_ms(self) -> int | None:
+        """Until something is due by the clock alone; at least 1, so that nothing overdue makes the loop spin."""
+        now, due = time.monotonic_ns(), []
         if self._reprobes:
-            return _REPROBE_MS
+            due.append(now + _REPROBE_MS * 1_000_000)
         if self._stop_at_ns is not None:
-            return max(0, (self._stop_at_ns - time.monotonic_ns()) // 1_000_000) + 1
-        return None
+            due.append(self._stop_at_ns)
+        if wakeup_ns := self.core.next_wakeup_ns:
+            due.append(wakeup_ns)
+        return max(1, -(-(min(due) - now) // 1_000_000)) if due else None
 
-    def _check_when_idle(self) -> None:
-        """Blocks, rows and requests must agree; a violation is said with its place and does not end the service."""
+    # ---------------------------------------------------------------------------------------------------- our own faults
+
+    def _check_when_idle(self) -> list[Output]:
+        """Blocks, rows and requests must agree. A violation is said with its trace and does not end the service: nothing runs,
+        so a new core costs the prefix cache only."""
         if self._checked_idle or not self.core.is_idle:
-            return
+            return []
         self._checked_idle = True
+        if self._file is not None:
+            self._file.flush()
         try:
             self.core.check_invariants()
-        except AssertionError:
+        except AssertionError as error:
             log.exception("the core's invariants are violated")
+            return self._begin_anew(error)
+        return []
+
+    def _begin_anew(self, failure: Exception) -> list[Output]:
+        """The core has failed: what it did last is written down, its requests end with ERROR, and a new one goes on with the
+        same worker, unless that is what it failed with."""
+        if isinstance(failure, CoreFailureError):
+            log.error("the core failed; %d requests are lost", self.core.num_requests, exc_info=failure.__cause__)
+        self._dump(str(failure))
+        outputs, facts = _last_words(self.core, time.monotonic_ns()), self.core.facts
+        self._inputs.renew()
+        if self.worker is not None and facts is not None:
+            try:
+                return outputs + self._begin_epoch(facts)
+            except CoreFailureError as again:
+                log.error("no core can take this worker", exc_info=again.__cause__)
+                self.worker = None
+                self._inputs.renew()
+        self._tell_facts()
+        return outputs
+
+    def _dump(self, why: str) -> None:
+        """Writes the last minutes to a file, but not time and again."""
+        now = time.monotonic_ns()
+        if len(self._dumped_ns) >= _MOST_DUMPS or (self._dumped_ns and now < self._dumped_ns[-1] + _DUMP_EVERY_NS):
+            return
+        self._dumped_ns.append(now)
+        folder = Path(self.config.dump_folder or tempfile.gettempdir())
+        try:
+            path = self._ring.dump(folder, self.config.core, why)
+            log.error("what the core did in the last minutes is in %s; `carousel replay` reads it", path)
+        except OSError as error:
+            log.error("what the core did in the last minutes could not be written to %s: %s", folder, error.strerror)
+
+
+def _last_words(core: Core, now: int) -> list[Output]:
+    """For the readers of everything alive in a core that has failed. Asks it for as little as possible."""
+    outputs, ended = core.take_outputs(), dict[int, list[OutputEnded]]()
+    for request in core.live_requests():
+        for sequence in request.sequences:
+            if sequence.state is not State.ENDED:
+                stats = sequence.stats(core.num_outputs(sequence), now)
+                ended.setdefault(request.frontend, []).append(
+                    OutputEnded(sequence.handle, EndReason.ERROR, stats, message=_OWN_FAULT)
+                )
+    return outputs + [Output(frontend, TokenBatch(TokenBatchHeader(-1, tuple(ends)))) for frontend, ends in ended.items()]
+
+
+def _recording_file(config: EngineConfig) -> RecordingFile | None:
+    if not config.record:
+        return None
+    log.info("recording to %s", config.record)
+    return RecordingFile(Path(config.record), config.core, int(config.record_limit_mib * 2**20))
 
 
 def main(config: EngineConfig) -> int:

@@ -5,25 +5,44 @@ A RequestError becomes the status of a call, with google.rpc details; a StartErr
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 _RETRY_AFTER_NS = 1_000_000_000  # when nobody can say better
+_REASONS = {  # of the core's refusals, for ErrorInfo
+    "RESOURCE_EXHAUSTED": "QUEUE_FULL",
+    "UNAVAILABLE": "NOT_READY",
+    "DEADLINE_EXCEEDED": "DEADLINE",
+    "FAILED_PRECONDITION": "TOO_LARGE",
+    "PERMISSION_DENIED": "UNKNOWN_TENANT",
+}
 
 
 class RequestError(Exception):
     """A call that is refused or that failed; the text is for the caller.
 
     status: name of a gRPC status. field: path of the field of the request that is wrong (BadRequest), description: what is
-    wrong with it. retry_after_ns: when to try again (RetryInfo); 0: no use. reason: a word for programs (ErrorInfo).
+    wrong with it. retry_after_ns: when to try again (RetryInfo); 0: no use. reason: a word for programs (ErrorInfo), metadata:
+    numbers that go with it.
     """
 
     status = "INTERNAL"
 
-    def __init__(self, message: str, *, field: str = "", retry_after_ns: int = 0, reason: str = "") -> None:
+    def __init__(
+        self,
+        message: str,
+        *,
+        field: str = "",
+        retry_after_ns: int = 0,
+        reason: str = "",
+        metadata: Mapping[str, str] | None = None,
+    ) -> None:
         super().__init__(message)
         self.message = message
         self.field = field
         self.description = message
         self.retry_after_ns = retry_after_ns
         self.reason = reason
+        self.metadata = dict(metadata or {})
 
 
 class InvalidFieldError(RequestError):
@@ -60,12 +79,29 @@ class CancelledElsewhereError(RequestError):
     status = "CANCELLED"
 
 
+class NotFoundError(RequestError):
+    """No such request is known."""
+
+    status = "NOT_FOUND"
+
+
+class DeadlineError(RequestError):
+    """The request's time is over."""
+
+    status = "DEADLINE_EXCEEDED"
+
+    def __init__(self, message: str, metadata: Mapping[str, str]) -> None:
+        super().__init__(message, reason=_REASONS[self.status], metadata=metadata)
+
+
 class RefusedError(RequestError):
     """The core did not accept the request; the status is the core's."""
 
-    def __init__(self, status: str, message: str, *, field: str = "", retry_after_ns: int = 0) -> None:
-        reason = {"RESOURCE_EXHAUSTED": "QUEUE_FULL", "UNAVAILABLE": "NOT_READY"}.get(status, "")
-        super().__init__(message, field=field, retry_after_ns=retry_after_ns, reason=reason)
+    def __init__(
+        self, status: str, message: str, *, field: str = "", retry_after_ns: int = 0, metadata: Mapping[str, str] | None = None
+    ) -> None:
+        reason = _REASONS.get(status, "")
+        super().__init__(message, field=field, retry_after_ns=retry_after_ns, reason=reason, metadata=metadata)
         self.status = status
 
 

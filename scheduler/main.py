@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import cast
 
 import click
 
 from scheduler.config import ServeConfig
 from scheduler.core import CoreConfig
+from scheduler.core.config import TenantLimits
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
@@ -34,23 +36,58 @@ from scheduler.core import CoreConfig
 @click.option("--frontends", type=click.IntRange(1, 64), default=1, help="Front-end processes that share the port.")
 @click.option(
     "--policy",
-    type=click.Choice(["continuous", "static"]),
+    type=click.Choice(["continuous", "prefill_first", "static"]),
     default="continuous",
-    help="Scheduling policy; static is the baseline.",
+    help="Scheduling policy; static and prefill_first are baselines.",
 )
 @click.option("--static-batch-size", type=click.IntRange(0), default=0, help="Rows of a static batch; 0: as many as fit.")
-@click.option("--max-batch-rows", type=click.IntRange(1, 65535), default=64, help="Sequences in the batch.")
+@click.option("--max-batch-rows", type=click.IntRange(1, 65535), help="Sequences in the batch. [default: 64]")
 @click.option(
-    "--max-step-tokens", type=click.IntRange(1), default=512, help="Tokens computed in one step: decodes and chunks of prompts."
+    "--max-step-tokens",
+    type=click.IntRange(1),
+    help="Tokens computed in one step: decodes and chunks of prompts. [default: 512]",
 )
 @click.option("--max-queue-requests", type=click.IntRange(1), default=4096, help="Requests that may wait.")
 @click.option("--max-queue-tokens", type=click.IntRange(1), default=4_000_000, help="Prompt tokens that may wait.")
+@click.option(
+    "--target-itl-ms",
+    type=click.FloatRange(0),
+    default=100.0,
+    help="Inter-token time that running requests keep while prompts are computed, if it can be; 0: no target.",
+)
+@click.option(
+    "--max-preemptions",
+    type=click.IntRange(0),
+    default=3,
+    help="After so many a request comes back only when it can stay; 0: no bound.",
+)
+@click.option(
+    "--max-unread-tokens",
+    type=click.IntRange(1),
+    default=1024,
+    help="Tokens of an output that its reader has not taken, before it stops being computed.",
+)
+@click.option("--no-prefix-caching", is_flag=True, help="Compute every prompt in whole.")
+@click.option(
+    "--oldest-every", type=click.IntRange(1), default=16, help="One admission in so many goes to whoever has waited longest."
+)
+@click.option(
+    "--tenant",
+    "tenants",
+    multiple=True,
+    metavar="NAME[:weight=N][:blocks=N]",
+    help="A tenant's share against the others' and its most KV blocks, may be given several times; *: everybody who is not"
+    " listed. Without *, once one is given, nobody else is served. [default: weight 1 and no quota for everybody]",
+)
+@click.option("--record", metavar="FILE", help="Write all that the core is told and plans, for `carousel replay`.")
+@click.option("--record-limit-mib", type=click.FloatRange(0, min_open=True), help="The recording ends at this size.")
 @click.option("--max-model-len", type=click.IntRange(2), help="Tokens of prompt and output together. [default: the model's]")
 @click.option("--block-size", type=click.IntRange(16, 128), default=16, help="Tokens of one KV-cache block.")
 @click.option("--num-blocks", type=click.IntRange(1), help="Blocks of the KV cache. [default: what the memory allows]")
 @click.option(
     "--kv-memory-gib", type=click.FloatRange(0, min_open=True), help="Memory of the KV cache, instead of --num-blocks."
 )
+@click.option("--swap-gib", type=click.FloatRange(0), help="Host memory for preempted requests. [default: the worker's choice]")
 @click.option("--threads", type=click.IntRange(1), help="Threads of the CPU worker. [default: one per core]")
 @click.option(
     "--drain-timeout", type=click.FloatRange(0), default=30.0, help="Seconds that running requests get after SIGTERM or Ctrl-C."
@@ -60,7 +97,12 @@ def serve_command(**options: object) -> int:
     """Serve a model: one scheduler with its gRPC front ends, and one worker."""
     from scheduler.supervisor import serve
 
-    sys.exit(serve(config_from(options)))
+    try:
+        config = config_from(options)
+    except ValueError as error:
+        print(f"carousel: {error}", file=sys.stderr)
+        sys.exit(2)
+    sys.exit(serve(config))
 
 
 # Options that only the worker reads.
@@ -71,6 +113,7 @@ _WORKER_OPTIONS = (
     "block_size",
     "num_blocks",
     "kv_memory_gib",
+    "swap_gib",
     "threads",
     "max_batch_rows",
     "max_step_tokens",
@@ -78,7 +121,9 @@ _WORKER_OPTIONS = (
 
 
 def config_from(options: dict[str, object]) -> ServeConfig:
-    """The configuration for these options."""
+    """The configuration for these options. Raises ValueError when they contradict one another."""
+    options = _with_batch_limits(options)
+    _check(options)
     worker_options: list[str] = []
     for name in _WORKER_OPTIONS:
         if options[name] is not None:
@@ -92,8 +137,14 @@ def config_from(options: dict[str, object]) -> ServeConfig:
             "max_step_tokens",
             "max_queue_requests",
             "max_queue_tokens",
+            "max_preemptions",
+            "max_unread_tokens",
+            "oldest_every",
         )
     }
+    core["target_itl_ns"] = round(float(str(options["target_itl_ms"])) * 1e6)
+    core["prefix_caching"] = not options["no_prefix_caching"]
+    core["tenants"] = tuple(_tenant(text) for text in cast(tuple[str, ...], options["tenants"]))
     model = str(options["model"])
     return ServeConfig(
         core=CoreConfig(**core),  # type: ignore[arg-type]
@@ -105,5 +156,44 @@ def config_from(options: dict[str, object]) -> ServeConfig:
         frontends=int(str(options["frontends"])),
         drain_timeout_s=float(str(options["drain_timeout"])),
         log_level=str(options["log_level"]),
+        record=str(options["record"] or ""),
+        record_limit_mib=float(str(options["record_limit_mib"] or 0)),
         worker_options=tuple(worker_options),
     )
+
+
+def _with_batch_limits(options: dict[str, object]) -> dict[str, object]:
+    """The defaults of the two limits of a step, so that one that was given alone holds."""
+    rows, tokens = cast(int | None, options["max_batch_rows"]), cast(int | None, options["max_step_tokens"])
+    rows_or_default = min(64, tokens or 64) if rows is None else rows
+    tokens_or_default = max(512, rows_or_default) if tokens is None else tokens
+    return options | {"max_batch_rows": rows_or_default, "max_step_tokens": tokens_or_default}
+
+
+def _check(options: dict[str, object]) -> None:
+    """What CoreConfig can't know: which limits the user has set against one another."""
+    at_most = (
+        ("max_batch_rows", "max_step_tokens", "each sequence computes at least one token in a step"),
+        ("static_batch_size", "max_batch_rows", "a static batch can't have more rows than there are"),
+        ("static_batch_size", "max_step_tokens", "each sequence computes at least one token in a step"),
+    )
+    for less, more, why in at_most:
+        if int(str(options[less])) > int(str(options[more])):
+            names = [f"--{name.replace('_', '-')} {options[name]}" for name in (less, more)]
+            raise ValueError(f"{names[0]} is more than {names[1]}: {why}")
+    if options["num_blocks"] is not None and options["kv_memory_gib"] is not None:
+        raise ValueError("--num-blocks and --kv-memory-gib both say how large the KV cache is: give one of them")
+    if options["record_limit_mib"] is not None and not options["record"]:
+        raise ValueError("--record-limit-mib is the size of a recording: say where with --record FILE")
+
+
+def _tenant(text: str) -> TenantLimits:
+    """NAME[:weight=N][:blocks=N]"""
+    name, *limits = text.split(":")
+    numbers: dict[str, int] = {}
+    for limit in limits:
+        key, _, number = limit.partition("=")
+        if key not in ("weight", "blocks") or key in numbers or not number.isdecimal():
+            raise ValueError(f"--tenant {text}: write it as NAME[:weight=N][:blocks=N], where N are whole numbers")
+        numbers[key] = int(number)
+    return TenantLimits(name, numbers.get("weight", 1), numbers.get("blocks", 0))

@@ -88,6 +88,18 @@ class ReservedPort:
         self._shared.close()
 
 
+def reserve_recording(path: str) -> None:
+    """Makes the file that the core process will write, so that what is wrong with it is said before anything starts."""
+    if not path:
+        return
+    try:
+        os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
+    except FileExistsError:
+        raise StartError(f"--record {path}: there is such a file already, and a recording is never overwritten") from None
+    except OSError as error:
+        raise StartError(f"--record {path}: {error.strerror}") from None
+
+
 class Supervisor:
     """The process `python -m scheduler`."""
 
@@ -95,6 +107,7 @@ class Supervisor:
         self.config = config
         self._model_dir = resolve(config.model, config.revision)
         self._port = ReservedPort(config.host, config.port)
+        reserve_recording(config.record)
         self._folder = Path(tempfile.mkdtemp(prefix="carousel-"))  # mode 0700: the sockets are ours alone
         self._status, self._status_writer = os.pipe()
         os.set_blocking(self._status, False)
@@ -120,6 +133,8 @@ class Supervisor:
             status_fd=self._status_writer,
             drain_timeout_s=self.config.drain_timeout_s,
             log_level=self.config.log_level,
+            record=os.path.abspath(self.config.record) if self.config.record else "",
+            record_limit_mib=self.config.record_limit_mib,
         )
         command = [sys.executable, "-m", "scheduler", "engine", msgspec.json.encode(config).decode()]
         return Child("core", command, may_restart=False, pass_fds=(self._status_writer,))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 from kvcache.sizing import GIB, Wish
@@ -22,6 +23,9 @@ class SimConfig:
     per_row_ns: int = 0
     per_token_ns: int = 0
     per_context_token_ns: int = 0
+    swap_block_ns: int = 0
+    copy_block_ns: int = 0
+    host_blocks: int = 0  # that sequences can be swapped to
     end_chance: float = 0.0  # of drawing the request's first stop token, per token
     vocab_size: int = 32_000  # when there is no --model to say it
 
@@ -37,6 +41,7 @@ class WorkerConfig:
     block_size: int = 16  # tokens
     num_blocks: int | None = None
     kv_memory_gib: float | None = None
+    swap_gib: float | None = None  # of host memory, for swapped sequences; None: 0 on a CPU, some on a GPU
     max_batch_rows: int = 64
     max_step_tokens: int = 512
     threads: int | None = None  # None: one per processor that this process may use
@@ -55,14 +60,17 @@ class WorkerConfig:
         check(self.max_model_len is None or self.max_model_len >= 2, f"--max-model-len {self.max_model_len}: 2 at least")
         check(1 <= self.block_size <= 256, f"--block-size {self.block_size}: 1 to 256")
         check(self.num_blocks is None or self.num_blocks >= 1, f"--num-blocks {self.num_blocks}: 1 at least")
-        check(self.kv_memory_gib is None or self.kv_memory_gib > 0, f"--kv-memory-gib {self.kv_memory_gib}: more than 0")
-        both = self.num_blocks is not None and self.kv_memory_gib is not None
+        kv_gib, swap_gib = self.kv_memory_gib, self.swap_gib
+        check(kv_gib is None or 0 < kv_gib < math.inf, f"--kv-memory-gib {kv_gib}: more than 0")
+        both = self.num_blocks is not None and kv_gib is not None
         check(not both, "--num-blocks and --kv-memory-gib both say how large the KV cache is: give one")
+        check(swap_gib is None or 0 <= swap_gib < math.inf, f"--swap-gib {swap_gib}: 0 at least")
         check(1 <= self.max_batch_rows <= 65_535, f"--max-batch-rows {self.max_batch_rows}: 1 to 65535")
         check(self.max_step_tokens >= 1, f"--max-step-tokens {self.max_step_tokens}: 1 at least")
         check(self.threads is None or self.threads >= 1, f"--threads {self.threads}: 1 at least")
         check(self.group >= 0, f"--group {self.group}: 0 at least")
         check(0 <= self.sim.end_chance <= 1, f"--sim-end-chance {self.sim.end_chance}: 0 to 1")
+        check(self.sim.host_blocks >= 0, f"--sim-host-blocks {self.sim.host_blocks}: 0 at least")
         check(self.sim.vocab_size >= 2, f"--sim-vocab-size {self.sim.vocab_size}: 2 at least")
 
     @property
@@ -70,3 +78,8 @@ class WorkerConfig:
         """What of the KV cache's size was asked for."""
         memory_bytes = None if self.kv_memory_gib is None else int(self.kv_memory_gib * GIB)
         return Wish(self.num_blocks, memory_bytes, self.max_model_len)
+
+    @property
+    def swap_bytes(self) -> int | None:
+        """Host memory that was asked for; None: choose."""
+        return None if self.swap_gib is None else int(self.swap_gib * GIB)

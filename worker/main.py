@@ -51,6 +51,12 @@ def parse(arguments: Sequence[str]) -> tuple[WorkerConfig, str]:
     add("--block-size", type=int, default=16, metavar="N", help="tokens of one KV-cache block [16]")
     add("--num-blocks", type=int, metavar="N", help="blocks of the KV cache [what the memory allows]")
     add("--kv-memory-gib", type=float, metavar="X", help="memory of the KV cache, instead of --num-blocks")
+    add(
+        "--swap-gib",
+        type=float,
+        metavar="X",
+        help="host memory for the KV cache of preempted sequences [0 on a CPU, else 4 or a tenth of what is available]",
+    )
     add("--max-batch-rows", type=int, default=64, metavar="N", help="sequences in the batch [64]")
     add("--max-step-tokens", type=int, default=512, metavar="N", help="tokens of the largest step [512]")
     add("--threads", type=int, metavar="N", help="threads on a CPU [one per core]")
@@ -59,6 +65,9 @@ def parse(arguments: Sequence[str]) -> tuple[WorkerConfig, str]:
     add("--sim-per-row-ns", type=int, default=0, metavar="NS", help="… of each row [0]")
     add("--sim-per-token-ns", type=int, default=0, metavar="NS", help="… of each token computed [0]")
     add("--sim-per-context-token-ns", type=int, default=0, metavar="NS", help="… of each token attended to [0]")
+    add("--sim-swap-block-ns", type=int, default=0, metavar="NS", help="… of each block swapped out or in [0]")
+    add("--sim-copy-block-ns", type=int, default=0, metavar="NS", help="… of each block copied [0]")
+    add("--sim-host-blocks", type=int, default=0, metavar="N", help="blocks of host memory to swap to, with --device sim [0]")
     add(
         "--sim-end-chance",
         type=float,

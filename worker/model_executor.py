@@ -8,13 +8,23 @@ from __future__ import annotations
 
 import logging
 import os
+import statistics
 import time
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from kvcache.sizing import CPU_SHARE, CUDA_SHARE, DEFAULT_CPU_BYTES, PoolSize, available_memory, size_pool
+from kvcache.sizing import (
+    CPU_SHARE,
+    CUDA_SHARE,
+    DEFAULT_CPU_BYTES,
+    PoolSize,
+    available_memory,
+    format_bytes,
+    size_host_pool,
+    size_pool,
+)
 from kvcache.storage import KVStorage
 from wire import PlanHeader, ResultHeader, SamplingSpec, SequenceStart, StepFailed, StepPlan, StepResult, WorkerFacts
 from wire.messages import I32
@@ -28,6 +38,8 @@ from worker.sampler import sample
 from worker.sequences import PlanError, Sequences, StepRows
 
 log = logging.getLogger(__name__)
+
+_SWAP_BLOCKS, _SWAP_ROUNDS = 64, 5  # moved at a time, and how often, to measure what a block takes
 
 
 class ModelExecutor:
@@ -50,8 +62,10 @@ class ModelExecutor:
         pool = _size_pool(config, shape, dtype, device)
         if pool.lowered_from is not None and isinstance(shape.rope, LongRope):
             model, shape = load_model(model_dir, dtype, device, pool.max_model_len)  # its angles depend on the length
-        kv = KVStorage(shape.num_layers, pool.num_blocks, shape.num_kv_heads, pool.block_size, shape.head_dim, dtype, device)
-        facts = _facts(config, shape, pool, dtype, device, threads, model.num_parameters)
+        host_blocks = _host_blocks(config, pool, device)
+        sizes = (shape.num_layers, pool.num_blocks, shape.num_kv_heads, pool.block_size, shape.head_dim)
+        kv = KVStorage(*sizes, dtype, device, host_blocks)
+        facts = _facts(config, shape, pool, kv, dtype, device, threads, model.num_parameters)
         executor = ModelExecutor(model, kv, facts, device)
         executor._rehearse()
         return executor
@@ -83,6 +97,7 @@ class ModelExecutor:
     @torch.inference_mode()
     def _step(self, plan: StepPlan) -> tuple[StepRows, I32]:
         rows = self._sequences.apply(plan)
+        self._move_blocks(plan)
         if not len(rows.slots):
             return rows, np.empty(0, np.int32)
         batch = build(self._sequences, rows, self._device)
@@ -93,6 +108,14 @@ class ModelExecutor:
         tokens = sample(logits_NV, self._sequences.sampling(rows))[: rows.num_sampled]
         self._sequences.feed(rows, tokens)
         return rows, tokens
+
+    def _move_blocks(self, plan: StepPlan) -> None:
+        if len(plan.swap_out_blocks):
+            self._kv.swap_out(plan.swap_out_blocks, plan.swap_out_host_blocks)
+        if len(plan.swap_in_blocks):
+            self._kv.swap_in(plan.swap_in_host_blocks, plan.swap_in_blocks)
+        if len(plan.copy_to):
+            self._kv.copy(plan.copy_from, plan.copy_to)
 
     def _rehearse(self) -> None:
         """One step of one short sequence, so that what can't work fails before the hello, and libraries are warm."""
@@ -152,10 +175,35 @@ def _size_pool(config: WorkerConfig, shape: ModelConfig, dtype: torch.dtype, dev
     )
 
 
+def _host_blocks(config: WorkerConfig, pool: PoolSize, device: torch.device) -> int:
+    """Blocks of host memory that sequences can be swapped to. On a CPU none unless asked for: they would be copied from one
+    place of the memory to another."""
+    on_cpu = device.type == "cpu"
+    wished = 0 if on_cpu and config.swap_bytes is None else config.swap_bytes
+    return size_host_pool(pool.block_bytes, available_memory() - (pool.num_bytes if on_cpu else 0), wished)
+
+
+def _swap_block_ns(kv: KVStorage, device: torch.device) -> int:
+    """Nanoseconds that a block takes between device and host, the mean of both ways; 0 without host blocks."""
+    count = min(kv.num_host_blocks, kv.num_blocks, _SWAP_BLOCKS)
+    if not count:
+        return 0
+    ids, rounds = np.arange(1, count + 1, dtype=np.int32), []
+    for _ in range(1 + _SWAP_ROUNDS):
+        began = time.perf_counter_ns()
+        kv.swap_out(ids, ids)
+        kv.swap_in(ids, ids)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        rounds.append(time.perf_counter_ns() - began)
+    return max(1, int(statistics.median(rounds[1:])) // (2 * count))  # the first one warms up
+
+
 def _facts(
     config: WorkerConfig,
     shape: ModelConfig,
     pool: PoolSize,
+    kv: KVStorage,
     dtype: torch.dtype,
     device: torch.device,
     threads: int,
@@ -163,11 +211,12 @@ def _facts(
 ) -> WorkerFacts:
     dtype_name = str(dtype).removeprefix("torch.")
     where = f"cpu ({threads} threads)" if device.type == "cpu" else torch.cuda.get_device_name(device)
+    swap = f", {format_bytes(kv.num_host_blocks * pool.block_bytes)} of host memory to swap to" if kv.num_host_blocks else ""
     size = f"{num_parameters / 1e9:.2f} B" if num_parameters >= 1e9 else f"{num_parameters / 1e6:.1f} M"
     return WorkerFacts(
         device=device.type,
         pid=os.getpid(),
-        description=f"{shape.architecture}, {size} parameters in {dtype_name} on {where}; KV cache {pool}",
+        description=f"{shape.architecture}, {size} parameters in {dtype_name} on {where}; KV cache {pool}{swap}",
         architecture=shape.architecture,
         dtype=dtype_name,
         vocab_size=shape.vocab_size,
@@ -178,4 +227,6 @@ def _facts(
         num_parameters=num_parameters,
         max_batch_rows=config.max_batch_rows,
         max_step_tokens=config.max_step_tokens,
+        num_host_blocks=kv.num_host_blocks,
+        swap_block_ns=_swap_block_ns(kv, device),
     )

@@ -1,8 +1,8 @@
 """The mirror: what a worker knows of the sequences that it computes, as columns indexed by slot. No torch, no model.
 
 The scheduler sends only differences (wire.messages.StepPlan); the mirror adds them up, and refuses with PlanError a plan that
-does not fit what it knows. Tokens that the worker sampled are fed back here by the worker itself, so that a plan may ask for
-the token after one that the scheduler has not seen yet.
+does not fit what it knows (of blocks: in blocks.py). Tokens that the worker sampled are fed back here by the worker itself,
+so that a plan may ask for the token after one that the scheduler has not seen yet.
 
 Legend: S slots, L largest number of tokens, W blocks of a table, R rows computed, P padding rows, N rows that draw a token.
 """
@@ -15,13 +15,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from wire.messages import I32, U16, SequenceStart, StepPlan, WorkerFacts
+from worker.blocks import Blocks, PlanError, moves, refuse, repeated
 
 Index = NDArray[np.intp]
 I64 = NDArray[np.int64]
-
-
-class PlanError(Exception):
-    """A plan that does not fit the mirror; the text says what and where. The mirror is void after it, until reset()."""
 
 
 @dataclass(slots=True)
@@ -60,7 +57,7 @@ class Sequences:
     def __init__(self, facts: WorkerFacts) -> None:
         self.max_model_len, self.block_size = facts.max_model_len, facts.block_size
         self.vocab_size, self.max_step_tokens = facts.vocab_size, facts.max_step_tokens
-        rows, num_blocks = facts.max_batch_rows, facts.num_blocks
+        rows = facts.max_batch_rows
         # Memory of the two wide arrays is taken page by page, when it is first written.
         self.tokens: I32 = np.empty((rows, self.max_model_len), np.int32)  # [S, L]
         self.block_tables: I32 = np.zeros(
@@ -79,7 +76,7 @@ class Sequences:
         self.min_tokens = np.zeros(rows, np.int64)
         self.stop_token_ids: I32 = np.full((rows, 4), -1, np.int32)  # [S, most stop tokens], -1 past the last; widens
         self.live = np.zeros(rows, np.bool_)
-        self.block_refs = np.zeros(num_blocks + 1, np.int32)  # tables that hold each block
+        self.blocks = Blocks(facts.num_blocks, facts.num_host_blocks)
         self.next_step = 0
         self._mark = np.zeros(rows, np.intp)  # scratch of _distinct
 
@@ -88,7 +85,7 @@ class Sequences:
         self.block_tables[self.live] = 0
         self.live[:] = False
         self.num_blocks[:] = 0
-        self.block_refs[:] = 0
+        self.blocks.reset()
         self.next_step = 0
 
     def apply(self, plan: StepPlan) -> StepRows:
@@ -97,8 +94,16 @@ class Sequences:
             raise PlanError(f"step {plan.header.step_id} came where step {self.next_step} was expected")
         self.next_step += 1
         self._end(plan.ended)
+        moving = moves(plan)
+        if moving:
+            self.blocks.check_moves(plan)
         self._start(plan)
         self._grow(plan.grow_slots, plan.grow_blocks)
+        if moving:
+            self.blocks.move(plan)
+        for start in plan.header.starts:
+            if start.num_computed_tokens:
+                self._check_computed(start)
         return self._advance(plan.slots, plan.num_tokens, plan.padding)
 
     def feed(self, rows: StepRows, sampled: I32) -> None:
@@ -133,8 +138,8 @@ class Sequences:
             return
         slots = self._known(ended, "ended")
         width = int(self.num_blocks[slots].max(initial=0))
-        np.subtract.at(self.block_refs, self.block_tables[slots, :width].ravel(), 1)
-        self.block_refs[0] = 0  # the zeros past a table's end were counted too
+        np.subtract.at(self.blocks.refs, self.block_tables[slots, :width].ravel(), 1)
+        self.blocks.refs[0] = 0  # the zeros past a table's end were counted too
         self.block_tables[slots, :width] = 0
         self.num_blocks[slots] = 0
         self.live[slots] = False
@@ -147,7 +152,7 @@ class Sequences:
             raise PlanError("the starts' num_blocks do not add up to start_blocks")
         if len(tokens) and not 0 <= tokens.min() <= tokens.max() < self.vocab_size:
             raise PlanError(f"a token id is not in 0..{self.vocab_size - 1}")
-        self._check_blocks(blocks)
+        self.blocks.check_ids(blocks)
         token_at = block_at = 0
         for start in plan.header.starts:
             self._check_start(start)
@@ -163,8 +168,8 @@ class Sequences:
             raise PlanError(f"{who}: the slot is taken")
         if not 1 <= start.num_tokens <= self.max_model_len:
             raise PlanError(f"{who}: {start.num_tokens} tokens, allowed are 1..{self.max_model_len}")
-        if not 0 <= start.num_computed_tokens <= start.num_tokens:
-            raise PlanError(f"{who}: {start.num_computed_tokens} of {start.num_tokens} tokens computed")
+        if not 0 <= start.num_computed_tokens < start.num_tokens:
+            raise PlanError(f"{who}: {start.num_computed_tokens} of {start.num_tokens} tokens computed; one at least is to be")
         if not 0 <= start.num_prompt_tokens <= start.num_tokens:
             raise PlanError(f"{who}: {start.num_prompt_tokens} of {start.num_tokens} tokens are its prompt")
         if not 0 <= start.num_blocks <= self.block_tables.shape[1]:
@@ -174,9 +179,10 @@ class Sequences:
 
     def _take_up(self, start: SequenceStart, tokens: I32, blocks: I32) -> None:
         slot, sampling = start.slot, start.sampling
+        refuse(repeated(blocks), blocks, f"sequence {start.sequence_id} in slot {slot}: block {{}} stands twice in its table")
         self.tokens[slot, : len(tokens)] = tokens
         self.block_tables[slot, : len(blocks)] = blocks
-        np.add.at(self.block_refs, blocks, 1)
+        np.add.at(self.blocks.refs, blocks, 1)
         self.num_blocks[slot] = len(blocks)
         self.num_tokens[slot] = start.num_tokens
         self.num_computed[slot] = start.num_computed_tokens
@@ -195,6 +201,19 @@ class Sequences:
         self.stop_token_ids[slot, : len(stops)] = stops
         self.live[slot] = True
 
+    def _check_computed(self, start: SequenceStart) -> None:
+        """What is said to be computed is in its blocks, now that swaps and copies are done."""
+        computed, size = start.num_computed_tokens, self.block_size
+        table = self.block_tables[start.slot, : -(-computed // size)]
+        said = np.minimum(computed - size * np.arange(len(table)), size)
+        filled = self.blocks.filled[table]
+        if (filled < said).any():
+            i = int((filled < said).argmax())
+            raise PlanError(
+                f"sequence {start.sequence_id} in slot {start.slot}: {said[i]} of its computed tokens are to be in block "
+                f"{table[i]}, which holds {filled[i]}"
+            )
+
     def _widen_stops(self, count: int) -> None:
         rows, width = self.stop_token_ids.shape
         if count > width:
@@ -208,14 +227,14 @@ class Sequences:
         if not len(blocks):
             return
         slots = self._known(grow_slots, "grow_slots", distinct=False)
-        self._check_blocks(blocks)
+        self.blocks.check_ids(blocks)
         column = self.num_blocks[slots] + _rank(slots)
         if column.max() >= self.block_tables.shape[1]:
             slot = slots[column.argmax()]
             raise PlanError(f"slot {slot} grows beyond the {self.block_tables.shape[1]} blocks of max_model_len")
         self.block_tables[slots, column] = blocks
         np.add.at(self.num_blocks, slots, 1)
-        np.add.at(self.block_refs, blocks, 1)
+        np.add.at(self.blocks.refs, blocks, 1)
 
     def _advance(self, plan_slots: U16, num_tokens: I32, padding: U16) -> StepRows:
         if len(plan_slots) != len(num_tokens):
@@ -228,6 +247,7 @@ class Sequences:
         first, count = self.num_computed[rows], num_tokens.astype(np.int64)
         after, known = first + count, self.num_tokens[rows]
         self._check_rows(rows, count, after, known)
+        self._fill(rows, first, after)
         samples = after == known
         self.num_computed[rows] = after
         self.num_tokens[rows] += samples
@@ -242,25 +262,29 @@ class Sequences:
         )
 
     def _check_rows(self, slots: Index, count: I64, after: I64, known: I64) -> None:
-        def refuse(wrong: NDArray[np.bool_], what: str) -> None:
+        def refuse_row(wrong: NDArray[np.bool_], what: str) -> None:
             if wrong.any():
                 i = int(wrong.argmax())
                 raise PlanError(f"slot {slots[i]} {what} (computes {count[i]} up to {after[i]}, knows {known[i]})")
 
-        refuse(count < 1, "computes no token")
-        refuse(after > known, "computes more tokens than it knows")
-        refuse(after > self.num_blocks[slots] * self.block_size, "lacks a block")
-        refuse((after == known) & (known >= self.max_model_len), f"would exceed max_model_len {self.max_model_len}")
-        # A block that is written belongs to one table only.
-        first_block = (after - count) // self.block_size
-        blocks_written = (after - 1) // self.block_size - first_block + 1
-        row = np.repeat(np.arange(len(slots)), blocks_written)
-        column = np.arange(len(row)) + np.repeat(first_block - np.cumsum(blocks_written) + blocks_written, blocks_written)
-        shared = self.block_refs[self.block_tables[slots[row], column]] != 1
-        if shared.any():
-            i = int(shared.argmax())
-            block = self.block_tables[slots[row[i]], column[i]]
-            raise PlanError(f"slot {slots[row[i]]} writes block {block}, which {self.block_refs[block]} tables hold")
+        refuse_row(count < 1, "computes no token")
+        refuse_row(after > known, "computes more tokens than it knows")
+        refuse_row(after > self.num_blocks[slots] * self.block_size, "lacks a block")
+        refuse_row((after == known) & (known >= self.max_model_len), f"would exceed max_model_len {self.max_model_len}")
+
+    def _fill(self, slots: Index, first: I64, after: I64) -> None:
+        """The rows write these tokens to their blocks; a block that is written belongs to one table only."""
+        size = self.block_size
+        first_block = first // size
+        count = (after - 1) // size - first_block + 1
+        row = np.repeat(np.arange(len(slots)), count)
+        column = np.arange(len(row)) + np.repeat(first_block - np.cumsum(count) + count, count)
+        block = self.block_tables[slots[row], column]
+        refs = self.blocks.refs[block]
+        if (refs != 1).any():
+            i = int((refs != 1).argmax())
+            raise PlanError(f"slot {slots[row[i]]} writes block {block[i]}, which {refs[i]} tables hold")
+        self.blocks.filled[block] = np.minimum(after[row] - column * size, size)
 
     # ------------------------------------------------------------------------------------------------------------- checks
 
@@ -277,12 +301,6 @@ class Sequences:
             if (self._mark[slots] != places).any():
                 raise PlanError(f"{name}: slot {slots[self._mark[slots] != places][0]} stands twice")
         return slots
-
-    def _check_blocks(self, blocks: I32) -> None:
-        highest = len(self.block_refs) - 1
-        if len(blocks) and not 1 <= blocks.min() <= blocks.max() <= highest:
-            wrong = blocks[(blocks < 1) | (blocks > highest)][0]
-            raise PlanError(f"block {wrong} is not in 1..{highest}")
 
 
 def _rank(slots: Index) -> Index:

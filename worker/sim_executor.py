@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from kvcache.sizing import DEFAULT_CPU_BYTES, bytes_per_token, size_pool
 from wire.messages import I32, ResultHeader, StepPlan, StepResult, WorkerFacts
@@ -34,28 +35,33 @@ _TOKEN_STREAM, _END_STREAM = 1, 2  # last counter word: apart from each other an
 
 @dataclass(frozen=True, slots=True)
 class Latency:
-    """Nanoseconds of a step: base + per_row · rows + per_token · tokens + per_context_token · tokens attended to.
+    """Nanoseconds of a step: base + per_row · rows + per_token · tokens + per_context_token · tokens attended to
+    + per_swapped_block · blocks swapped out or in + per_copied_block · blocks copied.
 
     All 0, the default: as fast as it can. A memory-bound decode step is mostly `base_ns` (reading the weights) and
     `per_context_token_ns` (reading keys and values); prefill is mostly `per_token_ns` (arithmetic). Llama-3-8B in bfloat16 on
-    an H200, by the roofline: base 3,500,000, per_token 17,500, per_context_token 30, per_row 0.
+    an H200, by the roofline: base 3,500,000, per_token 17,500, per_context_token 30, per_row 0; its blocks of 16 tokens have
+    2 MiB: per_swapped_block 42,000 over a bus of 50 GB/s, per_copied_block 1,000.
     """
 
     base_ns: int = 0
     per_row_ns: int = 0
     per_token_ns: int = 0
     per_context_token_ns: int = 0
+    per_swapped_block_ns: int = 0
+    per_copied_block_ns: int = 0
 
-    def of(self, rows: StepRows) -> int:
+    def of(self, rows: StepRows, num_swapped: int = 0, num_copied: int = 0) -> int:
         context = int((rows.first + rows.count).sum())
         tokens = int(rows.count.sum())
         rows_ns = self.per_row_ns * len(rows.slots)
-        return self.base_ns + rows_ns + self.per_token_ns * tokens + self.per_context_token_ns * context
+        moves_ns = self.per_swapped_block_ns * num_swapped + self.per_copied_block_ns * num_copied
+        return self.base_ns + rows_ns + self.per_token_ns * tokens + self.per_context_token_ns * context + moves_ns
 
 
 class SimExecutor:
-    """Sleeps as long as the formula says, less what the bookkeeping took. A sequence with stop tokens draws its first one
-    with probability `end_chance` a token, and no stop token otherwise."""
+    """Sleeps as long as the formula says, less what the bookkeeping took by `clock` (nanoseconds). A sequence with stop tokens
+    draws its first one with probability `end_chance` a token, and no stop token otherwise."""
 
     def __init__(
         self,
@@ -63,12 +69,13 @@ class SimExecutor:
         latency: Latency = Latency(),
         end_chance: float = 0.0,
         sleep: Callable[[float], None] = time.sleep,
+        clock: Callable[[], int] = time.perf_counter_ns,
     ) -> None:
         assert 0.0 <= end_chance <= 1.0
         self.facts = facts
-        self._latency, self._sleep = latency, sleep
+        self._latency, self._sleep, self._clock = latency, sleep, clock
         self._end_below = np.uint64(round(end_chance * 2**32))
-        self._sequences = Sequences(facts)
+        self.sequences = Sequences(facts)
         self._prompt_hash = np.zeros(facts.max_batch_rows, np.uint64)
 
     @staticmethod
@@ -97,25 +104,30 @@ class SimExecutor:
             dtype=shape.dtype,
             pid=os.getpid(),
             description=f"simulated {shape.architecture}, no model; KV cache {pool}",
+            num_host_blocks=config.sim.host_blocks,
+            swap_block_ns=config.sim.swap_block_ns,
         )
         sim = config.sim
-        latency = Latency(sim.base_ns, sim.per_row_ns, sim.per_token_ns, sim.per_context_token_ns)
+        latency = Latency(
+            sim.base_ns, sim.per_row_ns, sim.per_token_ns, sim.per_context_token_ns, sim.swap_block_ns, sim.copy_block_ns
+        )
         return SimExecutor(facts, latency, sim.end_chance)
 
     def reset(self) -> None:
-        self._sequences.reset()
+        self.sequences.reset()
 
     def submit(self, plan: StepPlan, deliver: Deliver) -> None:
-        began = time.perf_counter_ns()
+        began = self._clock()
         try:
             rows = self._apply(plan)
         except PlanError as error:
             log.error("step %d: %s", plan.header.step_id, error)
             return deliver(failure(plan, error))
         tokens = self._tokens(rows)
-        self._sequences.feed(rows, tokens)
+        self.sequences.feed(rows, tokens)
         slots = rows.sampled_slots.astype(np.uint16)
-        duration_ns = self._wait(rows, began)
+        num_swapped = len(plan.swap_out_blocks) + len(plan.swap_in_blocks)
+        duration_ns = self._wait(self._latency.of(rows, num_swapped, len(plan.copy_to)), began)
         header = ResultHeader(plan.header.group, plan.header.epoch, plan.header.step_id, duration_ns)
         deliver(StepResult(header, tokens, slots))
 
@@ -123,43 +135,63 @@ class SimExecutor:
         pass
 
     def _apply(self, plan: StepPlan) -> StepRows:
-        rows = self._sequences.apply(plan)
+        rows = self.sequences.apply(plan)
         for start in plan.header.starts:
-            prompt = self._sequences.tokens[start.slot, : start.num_prompt_tokens].astype("<i4")
-            digest = hashlib.blake2b(prompt.tobytes(), digest_size=8).digest()
-            self._prompt_hash[start.slot] = int.from_bytes(digest, "little")
+            self._prompt_hash[start.slot] = prompt_hash(self.sequences.tokens[start.slot, : start.num_prompt_tokens])
         return rows
 
     def _tokens(self, rows: StepRows) -> I32:
-        sequences, slots = self._sequences, rows.sampled_slots
+        sequences, slots = self.sequences, rows.sampled_slots
         drawing = rows.drawing[: rows.num_sampled]
-        position = (rows.first[drawing] + rows.count[drawing]).astype(np.uint64)
-        key = self._prompt_hash[slots] ^ sequences.seed[slots]
-        index = sequences.output_index[slots].astype(np.uint64)
-        zeros = np.zeros(len(slots), np.uint64)
-        tokens = (philox.words(key, zeros, position, index, _TOKEN_STREAM)[:, 0] % self.facts.vocab_size).astype(np.int32)
-        self._avoid_stops(tokens, sequences.stop_token_ids[slots])
-        if self._end_below:
-            stops = sequences.stop_token_ids[slots, 0]
-            ends = philox.words(key, zeros, position, index, _END_STREAM)[:, 0] < self._end_below
-            late = position.astype(np.int64) - sequences.num_prompt[slots] >= sequences.min_tokens[slots]
-            tokens = np.where(ends & late & (stops >= 0), stops, tokens)
-        return tokens
+        position = rows.first[drawing] + rows.count[drawing]
+        return draw(
+            key=self._prompt_hash[slots] ^ sequences.seed[slots],
+            position=position,
+            output_index=sequences.output_index[slots],
+            stops=sequences.stop_token_ids[slots],
+            may_end=position - sequences.num_prompt[slots] >= sequences.min_tokens[slots],
+            vocab_size=self.facts.vocab_size,
+            end_below=self._end_below,
+        )
 
-    def _avoid_stops(self, tokens: I32, stops: I32) -> None:
-        """Moves each token that is one of its row's stop tokens on to the next one that is not (if there is one)."""
-        for _ in range(min(stops.shape[1], self.facts.vocab_size - 1)):
-            clash = (tokens[:, None] == stops).any(axis=1)
-            if not clash.any():
-                return
-            tokens[clash] = (tokens[clash] + 1) % self.facts.vocab_size
-
-    def _wait(self, rows: StepRows, began: int) -> int:
-        wanted = self._latency.of(rows)
-        left = wanted - (time.perf_counter_ns() - began)
+    def _wait(self, wanted: int, began: int) -> int:
+        left = wanted - (self._clock() - began)
         if left > 0:
             self._sleep(left / 1e9)
-        return max(wanted, time.perf_counter_ns() - began)
+        return max(wanted, self._clock() - began)
+
+
+def prompt_hash(prompt: I32) -> int:
+    """64 bits that stand for the prompt in all draws."""
+    return int.from_bytes(hashlib.blake2b(prompt.astype("<i4").tobytes(), digest_size=8).digest(), "little")
+
+
+def draw(
+    key: NDArray[np.uint64],  # [N] prompt_hash ^ seed
+    position: NDArray[np.int64],  # [N] of the token that is drawn
+    output_index: I32,  # [N]
+    stops: I32,  # [N, most stop tokens] −1 past the last
+    may_end: NDArray[np.bool_],  # [N] min_tokens are out
+    vocab_size: int,
+    end_below: np.uint64,  # 2³² · the chance of the first stop token
+) -> I32:
+    """Tokens [N], each of its own row's numbers only."""
+    counters = np.zeros(len(key), np.uint64), position.astype(np.uint64), output_index.astype(np.uint64)
+    tokens = (philox.words(key, *counters, _TOKEN_STREAM)[:, 0] % vocab_size).astype(np.int32)
+    _avoid_stops(tokens, stops, vocab_size)
+    if end_below:
+        ends = philox.words(key, *counters, _END_STREAM)[:, 0] < end_below
+        tokens = np.where(ends & may_end & (stops[:, 0] >= 0), stops[:, 0], tokens)
+    return tokens
+
+
+def _avoid_stops(tokens: I32, stops: I32, vocab_size: int) -> None:
+    """Moves each token that is one of its row's stop tokens on to the next one that is not (if there is one)."""
+    for _ in range(min(stops.shape[1], vocab_size - 1)):
+        clash = (tokens[:, None] == stops).any(axis=1)
+        if not clash.any():
+            return
+        tokens[clash] = (tokens[clash] + 1) % vocab_size
 
 
 @dataclass(frozen=True, slots=True)
@@ -213,6 +245,8 @@ def sim_facts(
     dtype: str = "none",
     pid: int = 0,
     description: str = "simulated model",
+    num_host_blocks: int = 0,
+    swap_block_ns: int = 0,
 ) -> WorkerFacts:
     """Facts of a simulated worker."""
     return WorkerFacts(
@@ -229,4 +263,6 @@ def sim_facts(
         num_parameters=0,
         max_batch_rows=max_batch_rows,
         max_step_tokens=max_step_tokens,
+        num_host_blocks=num_host_blocks,
+        swap_block_ns=swap_block_ns,
     )

@@ -34,9 +34,14 @@ class Weights(Protocol):
 
     dtype: torch.dtype
     device: torch.device
+    quantization: str  # of matrices that are multiplied with: one of layers.products.QUANTIZATIONS
+    num_parameters: int  # taken so far
 
     def take(self, name: str, *shape: int) -> Tensor:
         """The tensor `name`, which must have this shape, in `dtype` on `device`."""
+
+    def table(self, name: str, *shape: int) -> Tensor:
+        """As take(), for a tensor of which rows are picked: in the dtype that it is stored in, where that takes less memory."""
 
     def stack(self, parts: Mapping[str, int], *rest: int) -> Tensor:
         """The tensors of `parts`, [rows, *rest] each, one below the other: one product for several projections."""
@@ -48,9 +53,15 @@ class Weights(Protocol):
 class Checkpoint:
     """The Weights of a directory. A context: the files stay mapped inside it."""
 
-    def __init__(self, model_dir: Path, device: torch.device | str, dtype: torch.dtype | str | None) -> None:
+    def __init__(
+        self,
+        model_dir: Path,
+        device: torch.device | str,
+        dtype: torch.dtype | str | None,
+        quantization: str = "none",
+    ) -> None:
         """dtype None: that of the first stored tensor. Raises CheckpointError, also if a shard is missing."""
-        self.device = torch.device(device)
+        self.device, self.quantization, self.num_parameters = torch.device(device), quantization, 0
         self._files: dict[Path, Any] = {}  # open safetensors files
         self._file_of = _tensor_files(model_dir)
         self._where = model_dir
@@ -68,9 +79,17 @@ class Checkpoint:
     def take(self, name: str, *shape: int) -> Tensor:
         return self.stack({name: shape[0]}, *shape[1:])
 
+    def table(self, name: str, *shape: int) -> Tensor:
+        stored = self._stored_dtype(self._stored_name(name)) if self._stored_name(name) in self._file_of else self.dtype
+        return self._stack({name: shape[0]}, shape[1:], min(self.dtype, stored, key=lambda dtype: dtype.itemsize))
+
     def stack(self, parts: Mapping[str, int], *rest: int) -> Tensor:
+        return self._stack(parts, rest, self.dtype)
+
+    def _stack(self, parts: Mapping[str, int], rest: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         stored = [self._read(name, (rows, *rest)) for name, rows in parts.items()]  # mapped, not in memory yet
-        whole = torch.empty(sum(parts.values()), *rest, dtype=self.dtype, device=self.device)
+        whole = torch.empty(sum(parts.values()), *rest, dtype=dtype, device=self.device)
+        self.num_parameters += whole.numel()
         for place, tensor in zip(whole.split(list(parts.values())), stored, strict=True):
             place.copy_(tensor)
         return whole
@@ -79,7 +98,7 @@ class Checkpoint:
         stored = self._stored_name(name)
         if stored not in self._file_of:
             return
-        if not torch.equal(self._read(name, tuple(tensor.shape)).to(self.dtype), tensor.cpu()):
+        if not torch.equal(self._read(name, tuple(tensor.shape)).to(self.dtype), tensor.cpu().to(self.dtype)):
             what = "config.json ties it to the embedding (tie_word_embeddings), but it differs from it"
             raise CheckpointError(f"{self._file_of[stored]}: tensor {stored}: {what}")
 

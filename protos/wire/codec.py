@@ -29,12 +29,21 @@ _Headers = (
     | messages.AddHeader
     | messages.AbortRequest
     | messages.TruncateRequest
+    | messages.CreditHeader
     | messages.Refused
     | messages.TokenBatchHeader
     | messages.CancelQuery
     | messages.CancelReply
     | messages.LoadQuery
     | messages.LoadReply
+    | messages.SetPolicyQuery
+    | messages.SetPolicyReply
+    | messages.ExplainQuery
+    | messages.ExplainReply
+    | messages.ListQuery
+    | messages.ListReply
+    | messages.BlockTablesQuery
+    | messages.BlockTablesHeader
     | messages.WatchSteps
     | messages.StepRecord
 )

@@ -2,12 +2,12 @@
 
 A message is a small typed header (msgspec) and, where there is something per row or per token, a few integer arrays
 (numpy, little-endian) that travel as raw bytes. Legend for array lengths: R rows computed, P padding rows, E ended rows,
-G blocks appended, T tokens, B blocks, N sampled rows.
+G blocks appended, T tokens, B blocks, N sampled rows, F full blocks of a prompt, C copies of blocks.
 
 Three links use them:
   worker → core   WorkerHello, StepResult, StepFailed            core → worker      Welcome, StepPlan, Probe
-  front end → core  FrontendHello, AddRequest, AbortRequest, TruncateRequest, CancelQuery, LoadQuery, WatchSteps
-  core → front end  Facts, Refused, TokenBatch, CancelReply, LoadReply, StepRecord, Probe
+  front end → core  FrontendHello, AddRequest, AbortRequest, TruncateRequest, Credit, WatchSteps, and the queries
+  core → front end  Facts, Refused, TokenBatch, StepRecord, Probe, and the replies to queries
 """
 
 from __future__ import annotations
@@ -20,11 +20,16 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-WIRE_VERSION = 1
+WIRE_VERSION = 2
 
+U8: TypeAlias = NDArray[np.uint8]
 U16: TypeAlias = NDArray[np.uint16]
 I32: TypeAlias = NDArray[np.int32]
 U32: TypeAlias = NDArray[np.uint32]
+
+
+def _u8() -> U8:
+    return np.empty(0, np.uint8)
 
 
 def _u16() -> U16:
@@ -62,6 +67,8 @@ class WorkerFacts(Header):
     num_parameters: int
     max_batch_rows: int  # slots are 0..max_batch_rows-1
     max_step_tokens: int  # largest step that was sized for
+    num_host_blocks: int = 0  # blocks of host memory for swapped sequences; their ids are 1..num_host_blocks
+    swap_block_ns: int = 0  # measured time to copy one block between device and host; 0: not known
 
 
 class WorkerHello(Header, tag="worker_hello"):
@@ -122,9 +129,12 @@ class PlanHeader(Header, tag="plan"):
 class StepPlan:
     """One iteration, as a difference to what the worker's mirror knows.
 
-    The worker applies it in this order: forget `ended`, take up `starts`, append `grow_*`, compute. Row i computes the next
-    num_tokens[i] tokens of slots[i], and samples one iff it then has computed all that it knows. A padding row computes its
-    last known token again and writes nothing that is read. Steady state: 6 bytes per row, 6 more when it takes a block.
+    The worker applies it in this order: forget `ended`, take up `starts`, append `grow_*`; then on the blocks' contents swap
+    out, swap in, copy; then compute. Row i computes the next num_tokens[i] tokens of slots[i], and samples one iff it then has
+    computed all that it knows. A padding row computes its last known token again and writes nothing that is read. Tables may
+    share a block; a row never writes to a block that another table holds too, and swaps and copies write only to blocks that no
+    table held before this plan. What a start says is computed must be in its blocks after swaps and copies.
+    Steady state: 6 bytes per row, 6 more when it takes a block.
     """
 
     header: PlanHeader
@@ -132,6 +142,12 @@ class StepPlan:
     grow_blocks: I32 = field(default_factory=_i32)  # [G] appended to the table of grow_slots[i], in order
     start_tokens: I32 = field(default_factory=_i32)  # [T]
     start_blocks: I32 = field(default_factory=_i32)  # [B]
+    swap_out_blocks: I32 = field(default_factory=_i32)  # [C] device blocks whose contents go to …
+    swap_out_host_blocks: I32 = field(default_factory=_i32)  # [C] … these host blocks, none twice
+    swap_in_host_blocks: I32 = field(default_factory=_i32)  # [C'] host blocks whose contents come back to …
+    swap_in_blocks: I32 = field(default_factory=_i32)  # [C'] … these device blocks; a host block is empty then
+    copy_from: I32 = field(default_factory=_i32)  # [C"] copy on write: device block copy_from[i] is copied to …
+    copy_to: I32 = field(default_factory=_i32)  # [C"] … copy_to[i], which is no source of this step
     slots: U16 = field(default_factory=_u16)  # [R] no slot twice
     grow_slots: U16 = field(default_factory=_u16)  # [G]
     padding: U16 = field(default_factory=_u16)  # [P]
@@ -143,6 +159,12 @@ class StepPlan:
         ("grow_blocks", "<i4"),
         ("start_tokens", "<i4"),
         ("start_blocks", "<i4"),
+        ("swap_out_blocks", "<i4"),
+        ("swap_out_host_blocks", "<i4"),
+        ("swap_in_host_blocks", "<i4"),
+        ("swap_in_blocks", "<i4"),
+        ("copy_from", "<i4"),
+        ("copy_to", "<i4"),
         ("slots", "<u2"),
         ("grow_slots", "<u2"),
         ("padding", "<u2"),
@@ -185,6 +207,7 @@ class EndReason(enum.StrEnum):
     STOP = "stop"
     LENGTH = "length"
     CANCELLED = "cancelled"
+    DEADLINE = "deadline"  # its time was over, or can't suffice any more
     ERROR = "error"  # our own fault
     UNAVAILABLE = "unavailable"  # the server stops
 
@@ -215,15 +238,23 @@ class Facts(Header, tag="facts"):
     max_queue_requests: int
     max_queue_tokens: int
     workers: tuple[tuple[int, int, WorkerFacts], ...] = ()  # (group, epoch, facts)
+    max_unread_tokens: int = 0  # of one output; beyond it the core waits for Credit. 0: no bound, no Credit wanted
 
 
 class AddHeader(Header, tag="add"):
-    handle: int  # chosen by the front end, 32 bits, unique in it; the answers carry it
+    handle: int  # chosen by the front end, 32 bits; output i answers with handle + i, and all of them are unique in it
     request_id: str
     arrival_ns: int  # CLOCK_MONOTONIC when the call came in
     priority: int  # 1 BATCH, 2 NORMAL, 3 INTERACTIVE
     max_tokens: int  # 0: what the model's length leaves
     sampling: SamplingSpec
+    num_outputs: int = 1
+    tenant: str = ""
+    deadline_ns: int = 0  # CLOCK_MONOTONIC; 0: none
+    partial_at_deadline: bool = False  # it ends a margin before the deadline, with what there is
+    whole_by_deadline: bool = False  # refused unless all max_tokens can come in time, not only the first
+    prefix_key: bytes = b""  # kvcache.prefix_index.root(): keys the chain of hashes; empty: past the prefix cache
+    hash_block_size: int = 0  # tokens of a block that prefix_hashes were made for; 0: none were made
 
 
 @dataclass(slots=True)
@@ -232,15 +263,17 @@ class AddRequest:
 
     header: AddHeader
     prompt: I32 = field(default_factory=_i32)  # [T]
+    prefix_hashes: U8 = field(default_factory=_u8)  # [16 F] of the prompt's full blocks, in order
 
     HEADER: ClassVar[type[Header]] = AddHeader
-    ARRAYS: ClassVar[tuple[tuple[str, str], ...]] = (("prompt", "<i4"),)
+    ARRAYS: ClassVar[tuple[tuple[str, str], ...]] = (("prompt", "<i4"), ("prefix_hashes", "|u1"))
 
 
 class AbortRequest(Header, tag="abort"):
-    """The client dropped the stream: forget the request; OutputEnded(CANCELLED) comes back."""
+    """The client dropped the stream: forget the request with all its outputs; OutputEnded(CANCELLED) comes back for each that
+    had not ended."""
 
-    handle: int
+    handle: int  # of its first output
 
 
 class TruncateRequest(Header, tag="truncate"):
@@ -248,6 +281,22 @@ class TruncateRequest(Header, tag="truncate"):
 
     handle: int
     num_output_tokens: int
+
+
+class CreditHeader(Header, tag="credit"):
+    pass
+
+
+@dataclass(slots=True)
+class Credit:
+    """Readers took tokens: of each handle so many more than it had taken before. What is not taken is bounded by the core."""
+
+    header: CreditHeader = field(default_factory=CreditHeader)
+    num_tokens: I32 = field(default_factory=_i32)  # [N] at least 1
+    handles: U32 = field(default_factory=_u32)  # [N]
+
+    HEADER: ClassVar[type[Header]] = CreditHeader
+    ARRAYS: ClassVar[tuple[tuple[str, str], ...]] = (("num_tokens", "<i4"), ("handles", "<u4"))
 
 
 class Refused(Header, tag="refused"):
@@ -258,6 +307,7 @@ class Refused(Header, tag="refused"):
     message: str
     field: str = ""  # the field of the public request that is wrong, for INVALID_ARGUMENT
     retry_after_ns: int = 0  # for RESOURCE_EXHAUSTED and UNAVAILABLE
+    details: dict[str, str] = {}  # numbers for ErrorInfo, such as estimate_ms
 
 
 class RequestStats(Header):
@@ -333,6 +383,138 @@ class LoadReply(Header, tag="load_reply"):
     cancelled_requests: int
     refused_requests: int
     preemptions: int
+    recomputed_tokens: int = 0
+    cached_tokens: int = 0  # prompt tokens taken from the prefix cache
+    prompt_tokens: int = 0  # of requests admitted
+    held_host_blocks: int = 0
+    swapped_blocks: int = 0
+
+
+class SetPolicyQuery(Header, tag="set_policy"):
+    query_id: int
+    policy: str
+
+
+class SetPolicyReply(Header, tag="set_policy_reply"):
+    query_id: int
+    policy: str  # in force now
+    error: str = ""  # why it was not changed; empty when it was
+
+
+class Hindrance(enum.StrEnum):
+    """Why a request is not computing."""
+
+    NONE = ""  # it is
+    ORDER = "order"  # others go first
+    ROWS = "rows"  # no row of the batch is free
+    BLOCKS = "blocks"  # too few blocks are free
+    QUOTA = "quota"  # its tenant holds as many blocks as it may
+    READER = "reader"  # its reader does not take the tokens
+    SIBLING = "sibling"  # its first output computes the prompt
+    WORKER = "worker"  # there is none
+    POLICY = "policy"  # the policy admits nobody now, as static batching in the midst of a batch
+
+
+class Preemption(Header):
+    at_ns: int  # CLOCK_MONOTONIC
+    by_request_id: str  # for whose blocks; empty: the worker was lost
+    lost_tokens: int  # computed tokens given up, or swapped
+    swapped: bool
+
+
+class Explanation(Header):
+    """Why a request waits, or what became of its time. Times are CLOCK_MONOTONIC nanoseconds, -1: not known or not yet."""
+
+    request_id: str
+    state: str  # waiting, running, preempted or ended
+    tenant: str
+    priority: int
+    arrival_ns: int
+    now_ns: int
+    hindrance: Hindrance
+    rank: int  # about how many go first; 0: next, or not waiting
+    missing_rows: int
+    missing_blocks: int
+    needed_blocks: int  # to be admitted
+    tenant_tokens: int  # the tenant's tokens served, weighted: what is kept fair
+    least_tenant_tokens: int  # the least of those that wait in the class
+    predicted_start_ns: int
+    num_prompt_tokens: int
+    num_output_tokens: int
+    num_computed_tokens: int
+    preemptions: tuple[Preemption, ...]
+    stats: RequestStats  # so far, or at the end
+    end_reason: str = ""
+    text: str = ""  # all of it in a sentence or two, for people
+
+
+class ExplainQuery(Header, tag="explain"):
+    query_id: int
+    request_id: str
+
+
+class ExplainReply(Header, tag="explain_reply"):
+    query_id: int
+    explanation: Explanation | None  # None: not known
+
+
+class RequestSummary(Header):
+    request_id: str
+    state: str  # waiting, running or preempted
+    tenant: str
+    priority: int
+    arrival_ns: int
+    num_prompt_tokens: int
+    num_output_tokens: int  # of all its outputs
+    num_outputs: int
+    held_blocks: int  # a shared block counts for each that holds it
+
+
+class ListQuery(Header, tag="list"):
+    query_id: int
+    after: int  # what the reply before said as next; 0: from the start
+    limit: int
+
+
+class ListReply(Header, tag="list_reply"):
+    query_id: int
+    requests: tuple[RequestSummary, ...]  # by arrival
+    next: int  # 0: that was all
+    total: int
+
+
+class BlockTable(Header):
+    request_id: str
+    output_index: int
+    slot: int
+    num_tokens: int  # computed
+    blocks: tuple[int, ...]
+
+
+class BlockTablesQuery(Header, tag="block_tables"):
+    query_id: int
+
+
+class BlockTablesHeader(Header, tag="block_tables_reply"):
+    query_id: int
+    group: int
+    block_size: int
+    num_blocks: int
+    tables: tuple[BlockTable, ...]
+    num_host_blocks: int = 0
+    held_host_blocks: int = 0
+
+
+@dataclass(slots=True)
+class BlockTablesReply:
+    """Who holds which block. states[i] is of block i+1: 0 free, 1 held, 2 retiring, 3 cached."""
+
+    header: BlockTablesHeader
+    ref_counts: I32 = field(default_factory=_i32)  # [num_blocks]
+    states: U8 = field(default_factory=_u8)  # [num_blocks]
+
+    HEADER: ClassVar[type[Header]] = BlockTablesHeader
+    ARRAYS: ClassVar[tuple[tuple[str, str], ...]] = (("ref_counts", "<i4"), ("states", "|u1"))
 
 
 class WatchSteps(Header, tag="watch_steps"):
@@ -348,6 +530,9 @@ class RowRecord(Header):
     sampled: bool
     joined: bool
     padding: bool
+    output_index: int = 0
+    tenant: str = ""
+    num_cached_tokens: int = 0  # taken from the prefix cache when it joined in this step
 
 
 class StepRecord(Header, tag="step_record"):
@@ -363,6 +548,13 @@ class StepRecord(Header, tag="step_record"):
     total_blocks: int
     kv_tokens: int
     waiting_requests: int
+    cached_blocks: int = 0
+    free_blocks: int = 0
+    token_budget: int = 0
+    num_copies: int = 0
+    swapped_out_blocks: int = 0
+    swapped_in_blocks: int = 0
+    policy: str = ""
 
 
 Message: TypeAlias = (
@@ -377,14 +569,25 @@ Message: TypeAlias = (
     | AddRequest
     | AbortRequest
     | TruncateRequest
+    | Credit
     | Refused
     | TokenBatch
     | CancelQuery
     | CancelReply
     | LoadQuery
     | LoadReply
+    | SetPolicyQuery
+    | SetPolicyReply
+    | ExplainQuery
+    | ExplainReply
+    | ListQuery
+    | ListReply
+    | BlockTablesQuery
+    | BlockTablesReply
     | WatchSteps
     | StepRecord
 )
 
-WITH_ARRAYS: dict[type[Header], Any] = {cls.HEADER: cls for cls in (StepPlan, StepResult, AddRequest, TokenBatch)}
+WITH_ARRAYS: dict[type[Header], Any] = {
+    cls.HEADER: cls for cls in (StepPlan, StepResult, AddRequest, Credit, TokenBatch, BlockTablesReply)
+}

@@ -8,18 +8,25 @@ cancel) is found when the result arrives; at most one row of one step has then b
 from __future__ import annotations
 
 from collections import OrderedDict, deque
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import numpy as np
+from numpy.typing import NDArray
 
 from kvcache.block_table import Slots
 from kvcache.manager import KVCacheManager
-from scheduler.core import policies
+from kvcache.prefix_index import hash_blocks
+from scheduler.core import admission, arrival, invariants, policies, preemption, publishing
+from scheduler.core.admission import Hindered, Place
 from scheduler.core.config import CoreConfig
+from scheduler.core.deadlines import Deadlines, expiry
 from scheduler.core.policies import Selection
 from scheduler.core.queue import Queue
-from scheduler.core.request import Request, State
+from scheduler.core.request import QUEUED, Request, Sequence, State
 from scheduler.core.rows import PADDING, PREEMPTED, RETIRING, RUNNING, Rows
+from scheduler.core.step_cost import StepCost
+from scheduler.core.tenants import Tenants
 from wire import (
     AddRequest,
     CancelOutcome,
@@ -27,6 +34,7 @@ from wire import (
     LoadReply,
     OutputEnded,
     PlanHeader,
+    Preemption,
     Refused,
     SequenceStart,
     StepPlan,
@@ -35,12 +43,13 @@ from wire import (
     TokenBatchHeader,
     WorkerFacts,
 )
-from wire.messages import I32
+from wire.messages import I32, U32
 
 PIPELINE_DEPTH = 2
 _REMEMBERED_IDS = 10_000  # ended requests that Cancel still knows
-_WATERMARK = 100  # one block in so many stays free at admission, for the growth of those running
 _SECOND = 1_000_000_000
+_LEAST_CHUNK = 16  # tokens of prompts in a step whose decodes alone pass the inter-token time: prompts get on all the same
+_PATIENCE_NS = 30 * _SECOND  # a request without a deadline goes before those whose latest start is so long after its arrival
 
 
 class ProtocolError(Exception):
@@ -63,7 +72,8 @@ class InFlight:
     planned_ns: int
     plan: StepPlan
     sampled: Slots  # slots that sample, in the order of the plan's rows
-    joined: Slots  # slots that compute their first token since admission
+    before: I32  # tokens computed before it, of the plan's rows
+    context: int  # what its tokens attend to, summed
     held_blocks: int
     kv_tokens: int
     num_waiting: int
@@ -80,13 +90,17 @@ class Counters:
     cancelled: int = 0
     refused: int = 0
     preemptions: int = 0
+    prompt_tokens: int = 0  # of requests admitted
+    cached_tokens: int = 0  # of these, taken from the prefix cache
+    recomputed_tokens: int = 0
+    swapped_blocks: int = 0
 
 
 @dataclass(slots=True)
 class _Emitted:
     """What goes to the front ends, gathered while a verb runs."""
 
-    tokens: dict[int, tuple[np.ndarray[tuple[int], np.dtype[np.uint32]], I32]] = field(default_factory=dict)
+    tokens: dict[int, tuple[U32, I32]] = field(default_factory=dict)
     ended: dict[int, list[OutputEnded]] = field(default_factory=dict)
 
 
@@ -96,7 +110,9 @@ class Core:
     def __init__(self, config: CoreConfig) -> None:
         self.config = config
         self.policy = policies.by_name(config.policy)
-        self.queue = Queue(config.max_queue_requests, config.max_queue_tokens)
+        self.tenants = Tenants(config)
+        self.queue: Queue[Sequence] = Queue(config, self.tenants)
+        self.step_cost = StepCost()
         self.counters = Counters()
         self.facts: WorkerFacts | None = None  # of the last worker that joined; its limits hold while it is away
         self.connected = False
@@ -106,12 +122,18 @@ class Core:
         self.leaves: list[tuple[str, str]] = []  # (request_id, reason) since the watcher's last look; bounded
         self.token_budget = config.max_step_tokens
         self.static_batch_size = config.static_batch_size or config.max_batch_rows
+        self.hindered: Hindered | None = None
         self._requests: dict[str, Request] = {}
-        self._by_handle: dict[tuple[int, int], Request] = {}
-        self._ended_ids: OrderedDict[str, None] = OrderedDict()
+        self._by_handle: dict[tuple[int, int], Sequence] = {}
+        self._ended_requests: OrderedDict[str, Request] = OrderedDict()
+        self._holding: dict[int, Request] = {}  # by number; those with outputs that wait for a sibling's prompt
+        self._deadlines = Deadlines()
         self._end_times: deque[int] = deque(maxlen=64)
+        self._next_number = 1
         self._next_sequence_id = 0
         self._next_step = 0
+        self._num_running = 0  # requests with a row
+        self._uses_quotas = any(tenant.max_blocks for tenant in config.tenants)
         self._now = 0  # of the plan being made
         self._kv_tokens = 0  # computed tokens of all that run, counting plans in flight
         self._emitted = _Emitted()
@@ -119,60 +141,113 @@ class Core:
         self._grown: list[tuple[Slots, I32]] = []  # blocks appended for the plan being made
         self._ended: list[int] = []  # slots that the worker may forget with the next plan
         self._retiring: list[int] = []  # slots that left, until their last plan has returned
-        self._new_epoch(config.max_batch_rows, 1, 1, 1)
+        self._copies: list[tuple[int, int]] = []  # blocks copied by the plan being made
+        self._swaps_out: list[tuple[I32, I32]] = []  # device and host blocks, likewise
+        self._swaps_in: list[tuple[I32, I32]] = []  # host and device blocks, likewise
+        self._new_epoch(config.max_batch_rows, 1, 1, 1, 0)
 
     # ------------------------------------------------------------------------------------------------ requests
 
     def add(self, add: AddRequest, frontend: int, now: int) -> Refused | None:
         """A new request. None: accepted, its tokens will come; else why not."""
-        refused = self._why_not(add, frontend)
+        refused = arrival.why_not(self, add, frontend, now)
         if refused is not None:
             self.counters.refused += 1
             return refused
-        assert self.facts is not None
-        header = add.header
+        header, tenant = add.header, self.tenants.index_of(add.header.tenant)
+        assert self.facts is not None and tenant is not None
         request = Request(
             header=header,
             frontend=frontend,
-            sequence_id=self._next_sequence_id,
+            number=self._next_number,
             prompt=add.prompt,
-            max_outputs=self._max_outputs(len(add.prompt), header.max_tokens),
+            tenant=tenant,
+            max_outputs=arrival.max_outputs(self, len(add.prompt), header.max_tokens, tenant),
+            digests=self._digests(add),
+            accepted_ns=now,
+            num_live=header.num_outputs,
         )
-        self._next_sequence_id += 1
+        self._next_number += 1
         self._requests[header.request_id] = request
-        self._by_handle[frontend, header.handle] = request
-        self.queue.push(request)
+        prefill_ns = self.step_cost.prefill_ns(len(add.prompt)) if header.deadline_ns else 0
+        latest_start = header.deadline_ns - prefill_ns
+        for index in range(header.num_outputs):
+            sequence = Sequence(
+                request=request,
+                output_index=index,
+                sequence_id=self._next_sequence_id,
+                order_ns=latest_start if header.deadline_ns else now + _PATIENCE_NS,
+                state=State.HELD if index else State.WAITING,
+                digests=bytearray(request.digests),
+            )
+            self._next_sequence_id += 1
+            request.sequences.append(sequence)
+            self._by_handle[frontend, sequence.handle] = sequence
+        self.queue.push(request.sequences[0])
+        if header.num_outputs > 1:
+            self._holding[request.number] = request
+        if header.deadline_ns:
+            self._deadlines.set(min(latest_start, expiry(request)), request)
         self.counters.accepted += 1
         return None
 
     def abort(self, frontend: int, handle: int, now: int) -> list[Output]:
         """The stream was dropped. Unknown handles are those that have just ended: nothing happens."""
-        request = self._by_handle.get((frontend, handle))
-        if request is not None:
-            self._end(request, EndReason.CANCELLED, now)
-        return self._take_outputs()
+        sequence = self._by_handle.get((frontend, handle))
+        if sequence is not None:
+            self._end_request(sequence.request, EndReason.CANCELLED, now)
+        return self.take_outputs()
 
     def cancel(self, request_id: str, now: int) -> tuple[CancelOutcome, list[Output]]:
         """Ends a request by its id, whichever front end it came from."""
         request = self._requests.get(request_id)
         if request is not None:
-            self._end(request, EndReason.CANCELLED, now)
-            return CancelOutcome.CANCELLED, self._take_outputs()
-        known = request_id in self._ended_ids
+            self._end_request(request, EndReason.CANCELLED, now)
+            return CancelOutcome.CANCELLED, self.take_outputs()
+        known = request_id in self._ended_requests
         return (CancelOutcome.ALREADY_FINISHED if known else CancelOutcome.NOT_FOUND), []
 
     def truncate(self, frontend: int, handle: int, num_outputs: int, now: int) -> list[Output]:
         """The front end found a stop string in the text: the output ends with STOP and has `num_outputs` tokens."""
-        request = self._by_handle.get((frontend, handle))
-        if request is not None:
-            self._end(request, EndReason.STOP, now, num_outputs=num_outputs)
-        return self._take_outputs()
+        sequence = self._by_handle.get((frontend, handle))
+        if sequence is not None:
+            self._end(sequence, EndReason.STOP, now, num_outputs=num_outputs)
+        return self.take_outputs()
+
+    def credit(self, frontend: int, handles: U32, num_tokens: I32, now: int) -> None:
+        """Readers took so many more tokens of these outputs; one that had stopped reading is scheduled again."""
+        for handle, count in zip(handles.tolist(), num_tokens.tolist(), strict=True):
+            sequence = self._by_handle.get((frontend, handle))
+            if sequence is None or count <= 0:
+                continue
+            if sequence.slot >= 0 and self.rows.sequences[sequence.slot] is sequence:
+                self.rows.take(sequence.slot, count, self.config.max_unread_tokens)
+                sequence.taken = int(self.rows.taken[sequence.slot])
+                unread = int(self.rows.num_outputs[sequence.slot]) - sequence.taken
+            else:
+                sequence.taken = min(sequence.taken + count, len(sequence.outputs))
+                unread = len(sequence.outputs) - sequence.taken
+            if sequence.state is State.PARKED and unread < self.config.max_unread_tokens:
+                sequence.become(State.PREEMPTED)
+                self.queue.push_back(sequence)
 
     def frontend_lost(self, frontend: int, now: int) -> None:
         """A front end is gone, and with it the readers of its requests."""
-        for request in [request for (owner, _), request in self._by_handle.items() if owner == frontend]:
-            self._end(request, EndReason.CANCELLED, now)
-        self._take_outputs()
+        for request in [request for request in self._requests.values() if request.frontend == frontend]:
+            self._end_request(request, EndReason.CANCELLED, now)
+        self.take_outputs()
+
+    def set_policy(self, name: str, now: int) -> str:
+        """Another policy from the next plan on; nothing running is lost. Says why not, or nothing."""
+        try:
+            policy = policies.by_name(name)
+        except ValueError as error:
+            return str(error)
+        if not policy.keeps_ended_rows:
+            self.release_padding()
+        self.policy = policy
+        self.hindered = None
+        return ""
 
     # ------------------------------------------------------------------------------------------------- workers
 
@@ -180,27 +255,32 @@ class Core:
         """A worker with an empty mirror is there: a new epoch begins, and steps count from 0 again."""
         self._lose_worker(now)
         other_model = self.facts is not None and self.facts.vocab_size != facts.vocab_size
+        other_block_size = self.facts is not None and self.facts.block_size != facts.block_size
         self.facts = facts
         self.connected = True
         self.epoch += 1
         self.token_budget = min(self.config.max_step_tokens, facts.max_step_tokens)
         rows = min(self.config.max_batch_rows, facts.max_batch_rows, self.token_budget)  # every row can decode in every step
         self.static_batch_size = min(self.config.static_batch_size or rows, rows)
-        self._new_epoch(rows, facts.num_blocks, facts.block_size, facts.vocab_size)
+        self._new_epoch(rows, facts.num_blocks, facts.block_size, facts.vocab_size, facts.num_host_blocks)
         for request in list(self._requests.values()):  # accepted on the last worker's word
-            room = self._max_outputs(request.num_prompt_tokens, request.max_outputs)
+            room = arrival.max_outputs(self, len(request.prompt), request.max_outputs, request.tenant)
             if other_model:
-                self._end(request, EndReason.ERROR, now, message="the new worker has another model")
-            elif room > len(request.outputs) and not request.header.max_tokens:
+                self._end_request(request, EndReason.ERROR, now, message="the new worker has another model")
+            elif not request.header.max_tokens and room > max(len(sequence.outputs) for sequence in request.sequences):
                 request.max_outputs = room
             elif room < request.max_outputs:
-                self._end(request, EndReason.ERROR, now, message="the new worker's KV cache is too small for this request")
-        return self._take_outputs()
+                message = "the new worker's KV cache is too small for this request"
+                self._end_request(request, EndReason.ERROR, now, message=message)
+        if other_block_size:
+            for request in self._requests.values():
+                self._rehash(request)
+        return self.take_outputs()
 
     def worker_lost(self, now: int) -> list[Output]:
         """The worker is gone, or its mirror is void. Everything running waits again, with the tokens emitted so far."""
         self._lose_worker(now)
-        return self._take_outputs()
+        return self.take_outputs()
 
     def _lose_worker(self, now: int) -> None:
         if not self.connected:
@@ -209,25 +289,37 @@ class Core:
         self.in_flight.clear()
         order = self.rows.in_order()
         running = [int(slot) for slot in order[self.rows.state[order] == RUNNING]]
+        for request in {sequence.request.number: sequence.request for sequence in self._of(running)}.values():
+            request.crashes += 1
         for slot in reversed(running):
-            self._preempt(slot, now).crashes += 1
+            self._preempt(slot, now, None)
         self.release_padding()
-        self.kv.pool.returned(self._next_step)
+        for sequence in self._by_handle.values():
+            self._forget_swap(sequence)
+        self._copies, self._swaps_out, self._swaps_in = [], [], []
+        for pool in (self.kv.pool, self.kv.host):
+            pool.returned(self._next_step)
         self._free_slots(self._next_step)
         for request in [request for request in self._requests.values() if request.crashes > self.config.max_crashes]:
-            self._end(request, EndReason.ERROR, now, message=f"the worker failed {request.crashes} times while it ran")
+            message = f"the worker failed {request.crashes} times while it ran"
+            self._end_request(request, EndReason.ERROR, now, message=message)
 
     def drop_all(self, message: str, now: int) -> list[Output]:
         """The server stops before they have finished."""
         for request in list(self._requests.values()):
-            self._end(request, EndReason.UNAVAILABLE, now, message=message)
-        return self._take_outputs()
+            self._end_request(request, EndReason.UNAVAILABLE, now, message=message)
+        return self.take_outputs()
 
     def drain(self) -> None:
         """No new requests from now on; those accepted go on."""
         self.draining = True
 
     # --------------------------------------------------------------------------------------------------- steps
+
+    @property
+    def num_kv_tokens(self) -> int:
+        """Computed tokens of all that run, counting plans in flight."""
+        return self._kv_tokens
 
     @property
     def num_requests(self) -> int:
@@ -237,13 +329,21 @@ class Core:
     def is_idle(self) -> bool:
         return not self._requests and not self.in_flight
 
+    @property
+    def next_wakeup_ns(self) -> int:
+        """When `plan` is to be called again even if nothing happens until then; 0: never."""
+        return self._deadlines.next_ns()
+
     def plan(self, now: int) -> StepPlan | None:
-        """The next step, or None when there is nothing to compute yet or the pipeline is full."""
+        """The next step, or None when there is nothing to compute yet or the pipeline is full. Ends first what the clock ends:
+        `take_outputs` has the word of it."""
+        self._now = now
+        if self._deadlines.next_ns():
+            self._keep_deadlines(now)
         if not self.connected or len(self.in_flight) >= PIPELINE_DEPTH:
             return None
-        self._now = now
         selection = self.policy.select(self)
-        if not len(selection.slots) and not len(selection.padding):
+        if not len(selection.slots) and not len(selection.padding) and not self._swaps_out:
             return None
         return self._build(selection, now)
 
@@ -263,15 +363,20 @@ class Core:
             raise ProtocolError(f"step {step.step_id} sampled a token outside the vocabulary")
         self.in_flight.popleft()
         self.kv.pool.returned(step.step_id)
+        if self.kv.host.num_retiring:
+            self.kv.host.returned(step.step_id)
+        rows = len(step.plan.slots) + len(step.plan.padding)
+        tokens = int(step.plan.num_tokens.sum()) + len(step.plan.padding)
+        self.step_cost.observe(tokens, rows, step.context, result.header.duration_ns)
         self._take_tokens(step.sampled, result.tokens, now)
         self._free_slots(step.step_id)
-        return self._take_outputs()
+        return self.take_outputs()
 
     # ----------------------------------------------------------------------------- the batch, as policies see it
 
     def running(self) -> Slots:
         order = self.rows.in_order()
-        slots: Slots = order[self.rows.num_tokens[order] < self.rows.max_tokens[order]]
+        slots: Slots = order[self.rows.num_tokens[order] < self.rows.limit[order]]
         return slots
 
     def padding(self) -> Slots:
@@ -283,43 +388,180 @@ class Core:
         missing: I32 = self.rows.num_tokens[slots] - self.rows.num_computed[slots]
         return missing
 
+    def priority(self, slots: Slots) -> NDArray[np.int8]:
+        priority: NDArray[np.int8] = self.rows.priority[slots]
+        return priority
+
+    def next_priority(self) -> int:
+        if not self.rows.num_free or (head := self.queue.head()) is None:
+            return 0
+        hindered = self.hindered
+        if hindered is not None and hindered.sequence is head and self.kv.pool.num_available <= hindered.available:
+            return 0  # as when it was last tried
+        priority: int = head.priority
+        return priority
+
+    def chunk_budget(self, decodes: Slots) -> int:
+        left = self.token_budget - len(decodes)
+        if not self.config.target_itl_ns or not len(decodes):
+            return left
+        context = int(self.rows.num_computed[decodes].sum()) + len(decodes)
+        chunk_context = self._kv_tokens // max(1, len(self.rows.in_order()))
+        within = self.step_cost.tokens_within(self.config.target_itl_ns, len(decodes), context, chunk_context, left)
+        return min(left, max(within, _LEAST_CHUNK))
+
     def with_blocks(self, slots: Slots) -> Slots:
         rows, pool = self.rows, self.kv.pool
         full = self.kv.full(slots, rows.num_computed[slots])
-        while np.count_nonzero(full) > pool.num_free + pool.num_retiring:
-            victim = int(rows.in_order()[-1])
-            self._preempt(victim, self._now)
+        if self._uses_quotas:
+            slots, full = self._within_quotas(slots, full)
+        while (wanted := np.count_nonzero(full)) > pool.num_available + pool.num_retiring:
+            victim = preemption.victim(rows, preemption.candidates(rows))
+            wanting = self.rows.sequence(int(slots[full][-1]))
+            self._preempt(victim, self._now, wanting)
             full, slots = full[slots != victim], slots[slots != victim]
-        wanting = slots[full]
-        growing = wanting[: pool.num_free]
+        if not wanted:
+            return slots
+        wanting_slots = slots[full]
+        growing = wanting_slots[: pool.num_available]
         if len(growing):
             self._grown.append((growing, self.kv.grow(growing)))
             rows.grown_ns[growing] += self._now - rows.started_ns[growing]
-        if len(growing) == len(wanting):
+            if self._uses_quotas:
+                self.tenants.held_blocks += np.bincount(rows.tenant[growing], minlength=len(self.tenants.held_blocks))
+        if len(growing) == wanted:
             return slots
         served = ~full
         served[full.nonzero()[0][: len(growing)]] = True
         return slots[served]
 
-    def admit(self, reserve_outputs: bool) -> int | None:
-        request = self.queue.head()
-        if request is None or request.slot >= 0 or not self.rows.num_free:
-            return None
-        num_tokens = request.num_prompt_tokens + (request.max_outputs - 1 if reserve_outputs else len(request.outputs))
-        growing = len(self.rows.in_order()) and not reserve_outputs
-        spare = max(1, self.kv.pool.num_blocks // _WATERMARK) if growing else 0
-        if self.kv.blocks_for(num_tokens) + spare > self.kv.pool.num_free:
-            return None
-        self.queue.remove(request)
-        request.become(State.RUNNING)
-        slot = self.rows.start(request, self._now)
-        self.kv.start(slot, num_tokens)
+    def _within_quotas(self, slots: Slots, full: NDArray[np.bool_]) -> tuple[Slots, NDArray[np.bool_]]:
+        """Preempts rows of tenants that would grow past their quota of blocks."""
+        tenants, rows = self.tenants, self.rows
+        wanted = np.bincount(rows.tenant[slots[full]], minlength=len(tenants.held_blocks))
+        over = (tenants.max_blocks > 0) & (wanted > 0) & (tenants.held_blocks + wanted > tenants.max_blocks)
+        for tenant in over.nonzero()[0].tolist():
+            while True:
+                growing = slots[full & (rows.tenant[slots] == tenant)]
+                if tenants.held_blocks[tenant] + len(growing) <= tenants.max_blocks[tenant]:
+                    break
+                victim = preemption.victim(rows, preemption.candidates(rows, tenant=tenant))
+                self._preempt(victim, self._now, self.rows.sequence(int(growing[-1])))
+                full, slots = full[slots != victim], slots[slots != victim]
+        return slots, full
+
+    def make_room(self) -> None:
+        sequence = self.queue.head()
+        if sequence is None or sequence.slot >= 0 or self.policy.reserves_outputs:
+            return
+        rows, pool = self.rows, self.kv.pool
+        if not rows.has_below(sequence.priority) or (rows.num_free and self.hindered is None):
+            return  # nobody could go; or it was not tried yet, or nothing is short
+        lower = preemption.candidates(rows, below=sequence.priority)
+        if not len(lower):
+            return
+        place = admission.place_of(self, sequence)
+        if place is None:
+            return
+        need = self.kv.cost(place.num_tokens, place.shared, place.copies_last) + admission.spare_blocks(self)
+        coming = pool.num_available + pool.num_retiring
+        if coming + int(self.kv.tables.num_blocks[lower].sum()) < need:
+            return
+        while rows.num_free + len(self._retiring) == 0 or pool.num_available + pool.num_retiring < need:
+            if not len(lower):
+                return
+            victim = preemption.victim(rows, lower)
+            lower = lower[lower != victim]
+            self._preempt(victim, self._now, sequence)
+
+    def admit(self) -> int | None:
+        while (sequence := self.queue.head()) is not None:
+            if sequence.slot >= 0 or not self.rows.num_free:
+                return None
+            available = self.kv.pool.num_available
+            place = admission.place_of(self, sequence)
+            if place is None:
+                self._hold(sequence)
+                continue
+            num_blocks = self.kv.blocks_for(place.num_tokens)
+            if self._uses_quotas and admission.passes_quota(self, sequence.tenant, num_blocks):
+                self.queue.pass_over(sequence.tenant)
+                continue
+            needed = self.kv.cost(place.num_tokens, place.shared, place.copies_last)
+            missing = needed + admission.spare_blocks(self) - available
+            if missing > 0:
+                self.hindered = Hindered(sequence, missing, needed, available)
+                return None
+            self.hindered = None
+            return self._admit(sequence, place)
+        self.hindered = None
+        return None
+
+    def _admit(self, sequence: Sequence, place: Place) -> int:
+        request, rows, kv = sequence.request, self.rows, self.kv
+        sequence.is_aged = self.queue.is_aged_turn
+        self.queue.take(sequence)
+        was_preempted = sequence.state is State.PREEMPTED
+        sequence.become(State.RUNNING)
+        slot = rows.start(sequence, place.num_computed, self.config.max_unread_tokens, self._now)
+        kv.start(slot, place.num_tokens, place.shared)
+        if place.copies_last:
+            last = len(place.shared) - 1
+            self._copies.append(kv.copy_on_write(slot, last, self._next_step, self._returned_step()))
+        if sequence.host_blocks is not None:
+            self._swap_in(sequence, slot, place)
+        rows.is_protected[slot] = sequence.preemptions >= self.config.max_preemptions > 0 or self.policy.reserves_outputs
         self._starts.append(slot)
-        if request.admitted_ns < 0:
-            request.admitted_ns = self._now
-        request.preempted_ns = request.preempted_until(self._now)
-        request.preempted_since_ns = -1
+        if request.digests or self._hashes(request):
+            rows.num_published[slot] = place.num_hits
+            rows.next_publish[slot] = (place.num_hits + 1) * kv.block_size - len(request.prompt) + 1
+        if self._uses_quotas:
+            self.tenants.held_blocks[request.tenant] += int(kv.tables.num_blocks[slot])
+        if not request.num_running:
+            self._num_running += 1
+        request.num_running += 1
+        self._kv_tokens += place.num_computed
+        self._account(sequence, place, was_preempted)
         return slot
+
+    def _account(self, sequence: Sequence, place: Place, was_preempted: bool) -> None:
+        """Who is charged for the admission, and what it brought."""
+        if was_preempted:
+            recomputed = max(0, sequence.lost_tokens - place.num_computed)
+            sequence.recomputed_tokens += recomputed
+            self.counters.recomputed_tokens += recomputed
+        elif sequence.admitted_ns < 0:
+            sequence.admitted_ns = self._now
+            if sequence.output_index == 0:
+                sequence.cached_tokens = place.num_computed
+                self.counters.prompt_tokens += sequence.num_prompt_tokens
+                self.counters.cached_tokens += place.num_computed
+                self.tenants.charge_input(sequence.tenant, sequence.num_prompt_tokens - place.num_computed)
+        sequence.preempted_ns = sequence.preempted_until(self._now)
+        sequence.preempted_since_ns = -1
+
+    def _swap_in(self, sequence: Sequence, slot: int, place: Place) -> None:
+        """The swapped blocks come back, but for those that the prefix cache still has."""
+        host_blocks, first = sequence.host_blocks, len(place.shared)
+        assert host_blocks is not None
+        if first < len(host_blocks):
+            self._swaps_in.append((host_blocks[first:], self.kv.tables.row(slot)[first : len(host_blocks)].copy()))
+            self.counters.swapped_blocks += len(host_blocks) - first
+        self.kv.host.release(host_blocks, self._next_step, self._returned_step())
+        sequence.host_blocks = None
+
+    def _hold(self, sequence: Sequence) -> None:
+        """Until a sibling has computed their prompt."""
+        self.queue.remove(sequence)
+        sequence.become(State.HELD)
+        self._holding[sequence.request.number] = sequence.request
+
+    def _release_held(self, request: Request) -> None:
+        for sequence in request.sequences:
+            if sequence.state is State.HELD:
+                sequence.become(State.WAITING)
+                self.queue.push_back(sequence)
+        self._holding.pop(request.number, None)
 
     def is_empty(self) -> bool:
         return self.rows.num_free == self.rows.max_rows
@@ -333,17 +575,16 @@ class Core:
     def load(self, query_id: int) -> LoadReply:
         """Requests, rows and blocks at this moment."""
         pool, counters = self.kv.pool, self.counters
-        num_waiting = len(self.queue)
         return LoadReply(
             query_id=query_id,
-            running_requests=len(self._requests) - num_waiting,
-            waiting_requests=num_waiting,
+            running_requests=self._num_running,
+            waiting_requests=len(self._requests) - self._num_running,
             waiting_tokens=self.queue.num_tokens,
             total_blocks=pool.num_blocks,
             free_blocks=pool.num_free,
             held_blocks=pool.num_held,
             retiring_blocks=pool.num_retiring,
-            cached_blocks=0,
+            cached_blocks=pool.num_cached,
             kv_tokens=self._kv_tokens,
             steps=counters.steps,
             output_tokens=counters.output_tokens,
@@ -352,36 +593,62 @@ class Core:
             cancelled_requests=counters.cancelled,
             refused_requests=counters.refused,
             preemptions=counters.preemptions,
+            recomputed_tokens=counters.recomputed_tokens,
+            cached_tokens=counters.cached_tokens,
+            prompt_tokens=counters.prompt_tokens,
+            held_host_blocks=self.kv.host.num_held,
+            swapped_blocks=counters.swapped_blocks,
         )
 
-    def request_of(self, slot: int) -> Request | None:
-        """Who holds, or last held, the row; for watchers."""
-        return self.rows.requests[slot]
+    def request(self, request_id: str) -> Request | None:
+        """Alive, or ended not long ago."""
+        return self._requests.get(request_id) or self._ended_requests.get(request_id)
+
+    def num_outputs(self, sequence: Sequence) -> int:
+        """Output tokens that have arrived."""
+        slot = sequence.slot
+        held = slot >= 0 and self.rows.sequences[slot] is sequence
+        return int(self.rows.num_outputs[slot]) if held else len(sequence.outputs)
+
+    def has_handle(self, frontend: int, handle: int) -> bool:
+        return (frontend, handle) in self._by_handle
+
+    def live_requests(self) -> Iterable[Request]:
+        """By arrival."""
+        return self._requests.values()
+
+    def mean_end_interval(self) -> int:
+        """Nanoseconds between the last ends of requests; 0: not known yet."""
+        if len(self._end_times) < 2:
+            return 0
+        return (self._end_times[-1] - self._end_times[0]) // (len(self._end_times) - 1)
 
     def check_invariants(self) -> None:
         """Raises AssertionError when blocks, rows and requests contradict one another."""
         self.kv.check_invariants()
-        rows, kv_tokens = self.rows, 0
-        for slot in range(rows.max_rows):
-            request, state = rows.requests[slot], int(rows.state[slot])
-            assert (request is None) == (state == 0), f"slot {slot}"
-            assert state in (RUNNING, PADDING) or self.kv.tables.num_blocks[slot] == 0, f"slot {slot} left with blocks"
-            if request is not None and state in (RUNNING, PREEMPTED):
-                expected = State.RUNNING if state == RUNNING else State.PREEMPTED
-                assert request.slot == slot and request.state == expected, f"slot {slot}"
-            if state == RUNNING and request is not None:
-                kv_tokens += int(rows.num_computed[slot])
-                room = int(self.kv.tables.num_blocks[slot]) * self.kv.block_size
-                assert rows.num_computed[slot] <= min(room, int(rows.num_tokens[slot])), f"slot {slot} computed too much"
-                planned = int(rows.num_tokens[slot]) - request.num_prompt_tokens  # output tokens arrived or in flight
-                assert rows.num_outputs[slot] <= planned <= rows.max_outputs[slot], f"slot {slot} miscounts outputs"
-                assert rows.max_tokens[slot] == request.num_prompt_tokens + request.max_outputs, f"slot {slot}"
-        assert kv_tokens == self._kv_tokens, "computed tokens are miscounted"
-        for request in self._requests.values():
-            assert (request in self.queue) == (request.state in (State.WAITING, State.PREEMPTED)), request.request_id
-        assert len(self._requests) == len(self._by_handle)
+        invariants.check_rows(self.rows, self.kv, self._kv_tokens)
+        invariants.check_requests(self._requests, self._holding, self.queue, self._num_running)
+        live = sum(request.num_live for request in self._requests.values())
+        assert live == len(self._by_handle), "handles are miscounted"
+        swapped = [sequence.host_blocks for sequence in self._by_handle.values() if sequence.host_blocks is not None]
+        assert sum(map(len, swapped)) == self.kv.host.num_held, "host blocks are miscounted"
+        if self._uses_quotas:
+            invariants.check_tenants(self.tenants, self.rows, self.kv)
 
     # ------------------------------------------------------------------------------------------------ plan, inside
+
+    def _keep_deadlines(self, now: int) -> None:
+        for request in self._deadlines.due(now):
+            end_ns = expiry(request)
+            waits = all(sequence.admitted_ns < 0 for sequence in request.sequences)
+            if now >= end_ns:
+                self._end_request(request, EndReason.DEADLINE, now, message="its deadline has passed")
+            elif waits and not request.header.partial_at_deadline:
+                prefill_ns = self.step_cost.prefill_ns(len(request.prompt))
+                message = f"its first token would take {prefill_ns / 1e6:.0f} ms, and {(end_ns - now) / 1e6:.0f} ms are left"
+                self._end_request(request, EndReason.DEADLINE, now, message=message)
+            else:
+                self._deadlines.set(end_ns, request)
 
     def _build(self, selection: Selection, now: int) -> StepPlan:
         rows, slots, grown = self.rows, selection.slots, self._grown
@@ -397,29 +664,40 @@ class Core:
             plan.grow_slots = np.concatenate([slots for slots, _ in grown]).astype(np.uint16)
             plan.grow_blocks = np.concatenate([blocks for _, blocks in grown])
         if starts:
-            requests = [rows.requests[slot] for slot in self._starts]
-            plan.start_tokens = np.concatenate([request.tokens() for request in requests if request is not None])
+            plan.start_tokens = np.concatenate([sequence.tokens() for sequence in self._of(self._starts)])
             plan.start_blocks = np.concatenate([self.kv.tables.row(slot) for slot in self._starts])
             rows.last_step[self._starts] = self._next_step  # also of those that have to wait for the budget
+        if self._copies or self._swaps_out or self._swaps_in:
+            self._move_blocks(plan)
         assert len(slots) + len(selection.padding) <= rows.max_rows
         num_tokens = int(selection.num_tokens.sum())
         assert num_tokens <= self.token_budget
 
+        takes = selection.num_tokens
         before = rows.num_computed[slots]
-        computed = before + selection.num_tokens
+        computed = before + takes
         sampled = slots[computed == rows.num_tokens[slots]]
         rows.num_computed[slots] = computed
         rows.num_tokens[sampled] += 1
         self._kv_tokens += num_tokens
         rows.last_step[slots] = self._next_step
         rows.last_step[selection.padding] = self._next_step
+        context = int(computed.sum(dtype=np.int64))
+        if num_tokens > len(slots):
+            chunks = (takes > 1).nonzero()[0]
+            context += int((((takes[chunks] - 1).astype(np.int64)) * (2 * before[chunks] + takes[chunks])).sum()) // 2
+            for slot in slots[chunks].tolist():
+                publishing.publish(rows, self.kv, slot)
+        for request in list(self._holding.values()) if self._holding else ():
+            self._look_at_held(request)
         self.in_flight.append(
             InFlight(
                 step_id=self._next_step,
                 planned_ns=now,
                 plan=plan,
                 sampled=sampled,
-                joined=slots[before == 0],
+                before=before,
+                context=context,
                 held_blocks=self.kv.pool.num_held,
                 kv_tokens=self._kv_tokens,
                 num_waiting=len(self.queue),
@@ -430,41 +708,111 @@ class Core:
         self.counters.steps += 1
         return plan
 
+    def _move_blocks(self, plan: StepPlan) -> None:
+        if self._copies:
+            copies = np.array(self._copies, np.int32)
+            plan.copy_from, plan.copy_to = copies[:, 0], copies[:, 1]
+        if self._swaps_out:
+            plan.swap_out_blocks = np.concatenate([blocks for blocks, _ in self._swaps_out])
+            plan.swap_out_host_blocks = np.concatenate([blocks for _, blocks in self._swaps_out])
+        if self._swaps_in:
+            plan.swap_in_host_blocks = np.concatenate([blocks for blocks, _ in self._swaps_in])
+            plan.swap_in_blocks = np.concatenate([blocks for _, blocks in self._swaps_in])
+        self._copies, self._swaps_out, self._swaps_in = [], [], []
+
+    def _look_at_held(self, request: Request) -> None:
+        """Siblings join once the prompt is computed, or nobody is left who would compute it."""
+        prompt = len(request.prompt)
+        running = [sequence.slot for sequence in request.sequences if sequence.state is State.RUNNING]
+        queued = any(sequence.state in (*QUEUED, State.PARKED) for sequence in request.sequences)
+        held = any(sequence.state is State.HELD for sequence in request.sequences)
+        if not held or any(self.rows.num_computed[slot] >= prompt for slot in running) or not (running or queued):
+            self._release_held(request)
+
     def _start_of(self, slot: int) -> SequenceStart:
-        request = self.rows.requests[slot]
-        assert request is not None
+        sequence = self.rows.sequence(slot)
         return SequenceStart(
             slot=slot,
-            sequence_id=request.sequence_id,
-            output_index=0,
-            num_prompt_tokens=request.num_prompt_tokens,
-            num_tokens=request.num_prompt_tokens + len(request.outputs),
-            num_computed_tokens=0,
+            sequence_id=sequence.sequence_id,
+            output_index=sequence.output_index,
+            num_prompt_tokens=sequence.num_prompt_tokens,
+            num_tokens=sequence.num_tokens,
+            num_computed_tokens=int(self.rows.start_computed[slot]),
             num_blocks=int(self.kv.tables.num_blocks[slot]),
-            sampling=request.header.sampling,
+            sampling=sequence.header.sampling,
         )
 
-    def _preempt(self, slot: int, now: int) -> Request:
-        """Recompute later: the request keeps its tokens, its row and blocks go. Back to the head of its class."""
-        request = self.rows.requests[slot]
-        assert request is not None
-        request.become(State.PREEMPTED)
-        request.preemptions += 1
-        request.preempted_since_ns = now
-        request.recomputed_tokens += int(self.rows.num_computed[slot])
-        self.counters.preemptions += 1
-        self._note_leave(request, "preempted")
-        self.queue.push_front(request)
-        self._stop_running(request, now)
-        self._leave(slot, PREEMPTED)
-        return request
+    def _preempt(self, slot: int, now: int, by: Sequence | None) -> Sequence:
+        """The sequence keeps its tokens; its row goes, its blocks go or are swapped. Back before the new ones of its class, or
+        aside when its reader does not read. by: whose need it was; None: the worker is lost."""
+        rows, sequence = self.rows, self.rows.sequence(slot)
+        computed = int(rows.num_computed[slot])
+        num_blocks = self.kv.blocks_for(computed)
+        swaps = by is not None and self._should_swap(computed, num_blocks)
+        sequence.lost_tokens = computed
+        sequence.preempted_since_ns = now
+        sequence.preempted_by.append(Preemption(now, by.request_id if by else "", computed, swaps))
+        sequence.taken = int(rows.taken[slot])
+        if by is not None:
+            sequence.preemptions += 1
+            self.counters.preemptions += 1
+        self._note_leave(sequence, "preempted")
+        parked = not preemption.is_reading(rows, np.array([slot]))[0]
+        self._stop_running(sequence, now)
+        if swaps:
+            sequence.host_blocks = self.kv.host.allocate(num_blocks)
+            sequence.swap_step = self._next_step
+            self._swaps_out.append((self.kv.tables.row(slot)[:num_blocks].copy(), sequence.host_blocks))
+            self.counters.swapped_blocks += num_blocks
+        self._leave(slot, PREEMPTED, self._next_step if swaps else -1)
+        if parked:
+            sequence.become(State.PARKED)
+        else:
+            sequence.become(State.PREEMPTED)
+            self.queue.push_back(sequence)
+        return sequence
 
-    def _stop_running(self, request: Request, now: int) -> None:
+    def _should_swap(self, num_tokens: int, num_blocks: int) -> bool:
+        facts = self.facts
+        if facts is None or not num_blocks or self.kv.host.num_available < num_blocks:
+            return False
+        return preemption.swap_pays(num_blocks, facts.swap_block_ns, self.step_cost.recompute_ns(num_tokens))
+
+    def _forget_swap(self, sequence: Sequence) -> None:
+        if sequence.host_blocks is not None:
+            self.kv.host.release(sequence.host_blocks, sequence.swap_step, self._returned_step())
+            sequence.host_blocks = None
+
+    def _stop_running(self, sequence: Sequence, now: int) -> None:
         """Closes the books of the row: its blocks × nanoseconds, and the tokens that counted as held for somebody."""
-        rows, slot = self.rows, request.slot
+        rows, slot = self.rows, sequence.slot
         held_ns = int(self.kv.tables.num_blocks[slot]) * (now - int(rows.started_ns[slot])) - int(rows.grown_ns[slot])
-        request.block_ns += max(0, held_ns)
+        sequence.block_ns += max(0, held_ns)
         self._kv_tokens -= int(rows.num_computed[slot])
+        sequence.request.num_running -= 1
+        if not sequence.request.num_running:
+            self._num_running -= 1
+
+    # ---------------------------------------------------------------------------------------------- prefix cache, inside
+
+    def _hashes(self, request: Request) -> bool:
+        return self.config.prefix_caching and bool(request.header.prefix_key)
+
+    def _digests(self, add: AddRequest) -> bytes:
+        """Of the prompt's full blocks: as the front end made them, or made here when it did not know the block size."""
+        header = add.header
+        if not self.config.prefix_caching or not header.prefix_key:
+            return b""
+        if header.hash_block_size == self.kv.block_size:
+            return add.prefix_hashes.tobytes()
+        return hash_blocks(header.prefix_key, add.prompt, self.kv.block_size)
+
+    def _rehash(self, request: Request) -> None:
+        """For another block size."""
+        if self._hashes(request):
+            request.digests = hash_blocks(request.header.prefix_key, request.prompt, self.kv.block_size)
+            for sequence in request.sequences:
+                sequence.digests = bytearray(request.digests)
 
     # ----------------------------------------------------------------------------------------------- apply, inside
 
@@ -477,20 +825,22 @@ class Core:
             return
         counts = rows.append_outputs(slots, tokens)
         self.counters.output_tokens += len(slots)
+        self.tenants.charge_outputs(rows.tenant[slots])
         self._emit_tokens(slots, tokens)
+        full = (counts >= rows.next_publish[slots]) & (rows.state[slots] == RUNNING)
+        if full.any():
+            publishing.publish_many(rows, self.kv, slots[full])
         for slot in slots[counts == 1].tolist():
-            request = rows.requests[slot]
-            assert request is not None
-            request.first_token_ns = now
-            request.preempted_first_ns = request.preempted_until(now)
+            sequence = self.rows.sequence(slot)
+            sequence.first_token_ns = now
+            sequence.preempted_first_ns = sequence.preempted_until(now)
         stopped = rows.stopped(slots, tokens)
         for i in (stopped | (counts == rows.max_outputs[slots])).nonzero()[0].tolist():
-            request = rows.requests[int(slots[i])]
-            assert request is not None
+            sequence = self.rows.sequence(int(slots[i]))
             if stopped[i]:
-                self._end(request, EndReason.STOP, now, stop_token_id=int(tokens[i]))
+                self._end(sequence, EndReason.STOP, now, stop_token_id=int(tokens[i]))
             else:
-                self._end(request, EndReason.LENGTH, now)
+                self._end(sequence, EndReason.LENGTH, now)
 
     def _emit_tokens(self, slots: Slots, tokens: I32) -> None:
         frontends, handles = self.rows.frontend[slots], self.rows.handle[slots]
@@ -498,9 +848,14 @@ class Core:
             mine = frontends == frontend
             self._emitted.tokens[frontend] = (handles[mine], tokens[mine])
 
+    def _end_request(self, request: Request, reason: EndReason, now: int, *, message: str = "") -> None:
+        for sequence in request.sequences:
+            if sequence.state is not State.ENDED:
+                self._end(sequence, reason, now, message=message)
+
     def _end(
         self,
-        request: Request,
+        sequence: Sequence,
         reason: EndReason,
         now: int,
         *,
@@ -508,44 +863,62 @@ class Core:
         stop_token_id: int = -1,
         message: str = "",
     ) -> None:
-        """The request is over, wherever it was. Its blocks come back when the last plan that names them has returned."""
-        slot, rows = request.slot, self.rows
-        num_arrived = int(rows.num_outputs[slot]) if slot >= 0 else len(request.outputs)
+        """The output is over, wherever it was. Its blocks come back when the last plan that names them has returned."""
+        slot, rows, request = sequence.slot, self.rows, sequence.request
+        num_arrived = int(rows.num_outputs[slot]) if slot >= 0 else len(sequence.outputs)
         num_outputs = num_arrived if num_outputs is None else min(num_outputs, num_arrived)
-        if request.state is State.RUNNING:
-            self._stop_running(request, now)
+        if sequence.state is State.RUNNING:
+            self._stop_running(sequence, now)
             if self.policy.keeps_ended_rows and reason in (EndReason.STOP, EndReason.LENGTH):
                 rows.pad(slot)
             else:
                 self._leave(slot, RETIRING)
         else:
-            self.queue.remove(request)
+            if sequence.state in QUEUED:
+                self.queue.remove(sequence)
             if slot >= 0:  # preempted, its last plan still in flight
                 rows.state[slot] = RETIRING
-        request.preempted_ns = request.preempted_until(now)
-        request.ended_ns = now
-        request.become(State.ENDED)
+            self._forget_swap(sequence)
+        sequence.preempted_ns = sequence.preempted_until(now)
+        sequence.preempted_since_ns = -1
+        sequence.ended_ns = now
+        sequence.end_reason = reason.value
+        sequence.become(State.ENDED)
+        del self._by_handle[request.frontend, sequence.handle]
+        self._note_leave(sequence, reason.value)
+        ended = OutputEnded(sequence.handle, reason, sequence.stats(num_outputs, now), stop_token_id, message)
+        self._emitted.ended.setdefault(request.frontend, []).append(ended)
+        request.num_live -= 1
+        if not request.num_live:
+            self._forget(request, reason, now)
+        elif request.number in self._holding:
+            self._look_at_held(request)
+
+    def _forget(self, request: Request, reason: EndReason, now: int) -> None:
+        """All of its outputs are over. What Cancel and ExplainRequest may ask is kept for a while."""
         del self._requests[request.request_id]
-        del self._by_handle[request.frontend, request.header.handle]
-        self._ended_ids[request.request_id] = None
-        if len(self._ended_ids) > _REMEMBERED_IDS:
-            self._ended_ids.popitem(last=False)
+        self._holding.pop(request.number, None)
+        self._ended_requests.pop(request.request_id, None)
+        self._ended_requests[request.request_id] = request
+        if len(self._ended_requests) > _REMEMBERED_IDS:
+            self._ended_requests.popitem(last=False)
         self._end_times.append(now)
         if reason is EndReason.CANCELLED:
             self.counters.cancelled += 1
         else:
             self.counters.finished += 1
-        self._note_leave(request, reason.value)
-        ended = OutputEnded(request.header.handle, reason, request.stats(num_outputs), stop_token_id, message)
-        self._emitted.ended.setdefault(request.frontend, []).append(ended)
 
-    def _leave(self, slot: int, state: int) -> None:
-        """The row is in no plan from now on."""
-        returned = self._returned_step()
-        last = int(self.rows.last_step[slot])
+    def _leave(self, slot: int, state: int, last_step: int = -1) -> None:
+        """The row is in no plan from now on. last_step: a later plan that names its blocks."""
+        rows, returned = self.rows, self._returned_step()
+        last = int(rows.last_step[slot])
         assert last >= 0, "a row left before any plan named it"
-        self.kv.release(slot, last, returned)
-        self.rows.leave(slot, state)
+        if self._uses_quotas:
+            tenant = int(rows.tenant[slot])
+            self.tenants.held_blocks[tenant] -= self.kv.tables.num_blocks[slot]
+            self.queue.resume(tenant)
+        self.kv.release(slot, max(last, last_step), returned)
+        rows.leave(slot, state)
         self._ended.append(slot)
         if last <= returned:
             self._free_slot(slot)
@@ -561,10 +934,12 @@ class Core:
     def _free_slot(self, slot: int) -> None:
         was_preempted = self.rows.state[slot] == PREEMPTED
         outputs = self.rows.outputs[slot, : self.rows.num_outputs[slot]].copy()
-        request = self.rows.free(slot)
+        sequence = self.rows.free(slot)
+        sequence.slot = -1
         if was_preempted:
-            request.outputs = outputs
-        request.slot = -1
+            sequence.outputs = outputs
+        elif not sequence.request.num_live:  # remembered only for what it was
+            sequence.request.digests, sequence.digests = b"", bytearray()
 
     def _returned_step(self) -> int:
         """The latest step up to which all results have arrived."""
@@ -572,67 +947,14 @@ class Core:
 
     # ------------------------------------------------------------------------------------------------------ small
 
-    def _why_not(self, add: AddRequest, frontend: int) -> Refused | None:
-        header, num_prompt = add.header, len(add.prompt)
+    def _of(self, slots: list[int]) -> list[Sequence]:
+        return [self.rows.sequence(slot) for slot in slots]
 
-        def refused(code: str, message: str, field: str = "", retry_after_ns: int = 0) -> Refused:
-            return Refused(header.handle, code, message, field, retry_after_ns)
-
-        if self.facts is None or self.draining:
-            why = "the server is draining" if self.draining else "no worker has joined yet"
-            return refused("UNAVAILABLE", why, retry_after_ns=_SECOND)
-        if header.request_id in self._requests or (frontend, header.handle) in self._by_handle:
-            return refused("ALREADY_EXISTS", f"request_id {header.request_id!r} is alive")
-        if not self.queue.knows(header.priority):
-            return refused("INVALID_ARGUMENT", f"unknown priority class {header.priority}", "scheduling.priority")
-        if num_prompt == 0:
-            return refused("INVALID_ARGUMENT", "the prompt is empty", "prompt")
-        if int(add.prompt.min()) < 0 or int(add.prompt.max()) >= self.facts.vocab_size:
-            return refused("INVALID_ARGUMENT", f"a token id is not below {self.facts.vocab_size}", "prompt.token_ids")
-        if not all(0 <= token < self.facts.vocab_size for token in header.sampling.stop_token_ids):
-            return refused("INVALID_ARGUMENT", f"a token id is not below {self.facts.vocab_size}", "stopping.stop_token_ids")
-        if num_prompt >= self.facts.max_model_len:
-            limit = self.facts.max_model_len
-            return refused("INVALID_ARGUMENT", f"the prompt has {num_prompt} tokens, the model's length is {limit}", "prompt")
-        if num_prompt + header.max_tokens > self.facts.max_model_len:
-            what = f"prompt ({num_prompt}) + max_tokens ({header.max_tokens})"
-            return refused(
-                "INVALID_ARGUMENT", f"{what} pass the model's length ({self.facts.max_model_len})", "stopping.max_tokens"
-            )
-        wanted = num_prompt + max(header.max_tokens, 1)
-        if self._max_outputs(num_prompt, header.max_tokens) < max(header.max_tokens, 1):
-            return refused(
-                "FAILED_PRECONDITION",
-                f"the request needs {self.kv.blocks_for(wanted - 1)} blocks for {wanted} tokens, "
-                f"the whole KV cache has {self.kv.pool.num_blocks} of {self.kv.block_size} tokens",
-            )
-        if not self.queue.has_room_for(num_prompt):
-            return refused(
-                "RESOURCE_EXHAUSTED",
-                f"{len(self.queue)} requests with {self.queue.num_tokens} prompt tokens wait already",
-                retry_after_ns=self._drain_time(),
-            )
-        return None
-
-    def _max_outputs(self, num_prompt: int, max_tokens: int) -> int:
-        """Output tokens that the request may have: what it asks for (0: no limit of its own), as far as the model's length and
-        the whole pool allow. The last one needs no block: nothing is computed after it."""
-        assert self.facts is not None
-        room = min(self.facts.max_model_len, self.facts.num_blocks * self.facts.block_size + 1) - num_prompt
-        return min(max_tokens, room) if max_tokens else room
-
-    def _drain_time(self) -> int:
-        """Nanoseconds until a place in the queue should be free, from the rate at which requests have been ending."""
-        if len(self._end_times) < 2:
-            return _SECOND
-        per_request = (self._end_times[-1] - self._end_times[0]) // (len(self._end_times) - 1)
-        return min(max(per_request, _SECOND // 100), 60 * _SECOND)
-
-    def _note_leave(self, request: Request, reason: str) -> None:
+    def _note_leave(self, sequence: Sequence, reason: str) -> None:
         if len(self.leaves) < 10_000:
-            self.leaves.append((request.request_id, reason))
+            self.leaves.append((sequence.request_id, reason))
 
-    def _take_outputs(self) -> list[Output]:
+    def take_outputs(self) -> list[Output]:
         emitted, self._emitted = self._emitted, _Emitted()
         outputs = []
         for frontend in sorted(set(emitted.tokens) | set(emitted.ended)):
@@ -642,9 +964,12 @@ class Core:
             outputs.append(Output(frontend, batch))
         return outputs
 
-    def _new_epoch(self, max_rows: int, num_blocks: int, block_size: int, vocab_size: int) -> None:
+    def _new_epoch(self, max_rows: int, num_blocks: int, block_size: int, vocab_size: int, num_host_blocks: int) -> None:
         self.rows = Rows(max_rows, vocab_size)
-        self.kv = KVCacheManager(num_blocks, block_size, max_rows)
+        self.kv = KVCacheManager(num_blocks, block_size, max_rows, num_host_blocks)
+        self.tenants.held_blocks[:] = 0
+        self.queue.resume_all()
+        self.hindered = None
         self.in_flight.clear()
         self._next_step = 0
         self._starts, self._grown, self._ended, self._retiring = [], [], [], []

@@ -1,56 +1,446 @@
-"""The waiting requests: bounded, by class of priority, inside a class by arrival; the preempted before the new.
+"""The waiting requests: bounded, and who of them is next.
 
-Never scanned: the next one, adding and removing are O(1).
+Knows no rows, blocks or clock. The order, from the first rule to the last:
+  1. every `oldest_every`-th admission: who waits longest, whatever its class or tenant (nobody starves);
+  2. the higher class;
+  3. in a class those that were running already, by arrival;
+  4. then the tenant with the smallest virtual token counter (VTC), ties by arrival of what it would send;
+  5. inside a tenant the smallest order_ns (latest start for a deadline, arrival + patience otherwise), ties by arrival.
+A tenant that is passed over (it holds all the blocks that it may) is skipped by all of them until it is resumed.
+
+Who is next, adding and removing cost O(log n) amortised: heaps whose stale entries are found when they come to the front.
+
+The bound on waiting (rule 1): when k requests that arrived before it are alive, and each of them comes back at most m times,
+a request of a tenant that is not passed over is the head after at most oldest_every * (1 + k * (1 + m)) admissions.
 """
 
 from __future__ import annotations
 
-from collections import OrderedDict
+import heapq
+from collections.abc import Callable, Iterator
+from typing import Generic, Protocol, TypeVar
 
-from scheduler.core.request import Request
+import numpy as np
+
+from scheduler.core.config import CoreConfig
+from scheduler.core.tenants import I64, Tenants
+
+PRIORITIES = (3, 2, 1)  # INTERACTIVE, NORMAL, BATCH
+_EXACT_RANK = 100  # up to so many admissions ahead are played through; more are estimated
+_BUCKET_NS = 1 << 29  # about half a second: grain in which tokens ahead by order_ns are counted
+_GARBAGE = 16  # stale entries a heap may hold besides as many as it has live ones
 
 
-class Queue:
-    """Waiting requests. `num_tokens` counts their prompt tokens."""
+class _Header(Protocol):
+    @property
+    def priority(self) -> int: ...
 
-    def __init__(self, max_requests: int, max_tokens: int) -> None:
-        self.max_requests = max_requests
-        self.max_tokens = max_tokens
-        self.num_tokens = 0
-        # sequence_id -> request; classes from the most to the least urgent
-        self._classes: dict[int, OrderedDict[int, Request]] = {priority: OrderedDict() for priority in (3, 2, 1)}
+
+class Waiting(Protocol):
+    """What the queue reads of a request. None of it changes while the request waits."""
+
+    @property
+    def header(self) -> _Header: ...
+    @property
+    def sequence_id(self) -> int: ...  # order of arrival
+    @property
+    def tenant(self) -> int: ...
+    @property
+    def order_ns(self) -> int: ...
+    @property
+    def num_prompt_tokens(self) -> int: ...
+
+
+R = TypeVar("R", bound=Waiting)
+
+
+class _Line:
+    """One tenant's requests, by (order, sequence_id). What leaves from the middle is forgotten when it comes to the front."""
+
+    __slots__ = ("_heap", "_order")
+
+    def __init__(self) -> None:
+        self._heap: list[tuple[int, int]] = []
+        self._order: dict[int, int] = {}  # sequence_id -> order of those in line
 
     def __len__(self) -> int:
-        return sum(len(waiting) for waiting in self._classes.values())
+        return len(self._order)
+
+    def push(self, order: int, sequence_id: int) -> None:
+        self._order[sequence_id] = order
+        heapq.heappush(self._heap, (order, sequence_id))
+
+    def discard(self, sequence_id: int) -> None:
+        del self._order[sequence_id]
+        if len(self._heap) > 2 * len(self._order) + _GARBAGE:
+            self._heap = [(order, sequence_id) for sequence_id, order in self._order.items()]
+            heapq.heapify(self._heap)
+
+    def first(self) -> int:
+        """Its sequence_id. The line is not empty."""
+        heap, order = self._heap, self._order
+        while order.get(heap[0][1]) != heap[0][0]:
+            heapq.heappop(heap)
+        return heap[0][1]
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self._order)
+
+    def num_before(self, sequence_id: int) -> int:
+        """O(n)."""
+        mine = (self._order[sequence_id], sequence_id)
+        return sum(1 for other, order in self._order.items() if (order, other) < mine)
+
+    def copy(self) -> _Line:
+        twin = _Line()
+        twin._heap, twin._order = self._heap.copy(), self._order.copy()
+        return twin
+
+
+class _Lines:
+    """The tenants' lines, and which tenant's first goes first: the least (counter, sequence_id of its first).
+
+    An entry of the heap may be smaller than what holds now, since counters only grow; then it is put right when it comes to
+    the front. Each putting right pays for at least one charge, or one change of a line, since the last."""
+
+    def __init__(self, counters: Callable[[], I64] | None, passed: dict[int, None]) -> None:
+        self.counters = counters  # None: by sequence_id alone
+        self.passed = passed
+        self.lines: dict[int, _Line] = {}
+        self.entered: dict[int, tuple[int, int, int]] = {}  # tenant -> its entry in the heap; what is not here is stale
+        self.heap: list[tuple[int, int, int]] = []  # (counter, sequence_id, tenant)
+        self.num_looked_at = 0  # entries of the heap, since the start; for tests of the cost
+
+    def push(self, tenant: int, order: int, sequence_id: int) -> None:
+        line = self.lines.get(tenant)
+        if line is None:
+            line = self.lines[tenant] = _Line()
+        line.push(order, sequence_id)
+        self._enter(tenant, line)
+
+    def discard(self, tenant: int, sequence_id: int) -> None:
+        line = self.lines[tenant]
+        line.discard(sequence_id)
+        if len(line):
+            self._enter(tenant, line)
+        else:
+            del self.lines[tenant]
+            self.entered.pop(tenant, None)
+
+    def first(self) -> int | None:
+        """Sequence_id of who is next; None when nobody is in line but those passed over."""
+        heap, entered = self.heap, self.entered
+        while heap:
+            self.num_looked_at += 1
+            entry = heap[0]
+            tenant = entry[2]
+            if entered.get(tenant) != entry:
+                heapq.heappop(heap)
+                continue
+            now = self._key(tenant, self.lines[tenant])
+            if now == entry:
+                return now[1]
+            heapq.heapreplace(heap, now)
+            entered[tenant] = now
+        return None
+
+    def least(self) -> int | None:
+        """The least counter of those in line and not passed over."""
+        return None if self.first() is None else self.heap[0][0]
+
+    def pass_over(self, tenant: int) -> None:
+        self.entered.pop(tenant, None)
+
+    def resume(self, tenant: int) -> None:
+        if tenant in self.lines:
+            self._enter(tenant, self.lines[tenant])
+
+    def copy(self, counters: Callable[[], I64] | None, passed: dict[int, None]) -> _Lines:
+        twin = _Lines(counters, passed)
+        twin.lines = {tenant: line.copy() for tenant, line in self.lines.items()}
+        twin.entered, twin.heap = self.entered.copy(), self.heap.copy()
+        return twin
+
+    def _key(self, tenant: int, line: _Line) -> tuple[int, int, int]:
+        counter = 0 if self.counters is None else int(self.counters()[tenant])
+        return (counter, line.first(), tenant)
+
+    def _enter(self, tenant: int, line: _Line) -> None:
+        """After a change of the line: the heap's entry is never larger than what holds."""
+        if tenant in self.passed:
+            return
+        key, entered = self._key(tenant, line), self.entered.get(tenant)
+        if entered is None or key < entered:
+            self.entered[tenant] = key
+            heapq.heappush(self.heap, key)
+            if len(self.heap) > 2 * len(self.entered) + _GARBAGE:
+                self.heap = list(self.entered.values())
+                heapq.heapify(self.heap)
+
+
+class _Class:
+    """One class of priority: its lines, and its prompt tokens."""
+
+    def __init__(self, new: _Lines, returning: _Lines) -> None:
+        self.new = new
+        self.returning = returning
+        self.left: tuple[int, int] | None = None  # who left `new` last, and its counter then: the floor when nobody competes
+        self.num_tokens = 0  # prompt tokens, of the returning too: they are computed again
+        self.num_returning_tokens = 0
+        self.tenant_tokens: I64 = np.zeros(16, np.int64)  # [tenant] prompt tokens of the new
+        self.bucket_tokens: dict[int, dict[int, int]] = {}  # tenant -> order_ns // _BUCKET_NS -> prompt tokens of the new
+
+    def first(self) -> int | None:
+        first = self.returning.first()
+        return self.new.first() if first is None else first
+
+    def count_new(self, request: Waiting, sign: int) -> None:
+        tenant, bucket, num_tokens = request.tenant, request.order_ns // _BUCKET_NS, sign * request.num_prompt_tokens
+        if tenant >= len(self.tenant_tokens):
+            self.tenant_tokens = np.concatenate([self.tenant_tokens, np.zeros(2 * tenant, np.int64)])
+        self.num_tokens += num_tokens
+        self.tenant_tokens[tenant] += num_tokens
+        buckets = self.bucket_tokens.setdefault(tenant, {})
+        buckets[bucket] = buckets.get(bucket, 0) + num_tokens
+        if not buckets[bucket]:
+            del buckets[bucket]
+        if not buckets:
+            del self.bucket_tokens[tenant]
+
+    def count_returning(self, request: Waiting, sign: int) -> None:
+        self.num_tokens += sign * request.num_prompt_tokens
+        self.num_returning_tokens += sign * request.num_prompt_tokens
+
+    def copy(self, counters: Callable[[], I64], passed: dict[int, None]) -> _Class:
+        """For thinking ahead."""
+        twin = _Class(self.new.copy(counters, passed), self.returning.copy(None, passed))
+        twin.left, twin.num_tokens, twin.num_returning_tokens = self.left, self.num_tokens, self.num_returning_tokens
+        twin.tenant_tokens = self.tenant_tokens.copy()
+        twin.bucket_tokens = {tenant: buckets.copy() for tenant, buckets in self.bucket_tokens.items()}
+        return twin
+
+    def own_before(self, tenant: int, order_ns: int | None) -> int:
+        """Prompt tokens of the tenant's new ones that go before this order; None: all."""
+        buckets = self.bucket_tokens.get(tenant, {})
+        last = None if order_ns is None else order_ns // _BUCKET_NS
+        return sum(num_tokens for bucket, num_tokens in buckets.items() if last is None or bucket <= last)
+
+
+class Queue(Generic[R]):
+    """Waiting requests: the new, and those that were running and came back."""
+
+    def __init__(self, config: CoreConfig, tenants: Tenants) -> None:
+        self.max_requests = config.max_queue_requests
+        self.max_tokens = config.max_queue_tokens
+        self.num_tokens = 0  # prompt tokens of the new
+        self._oldest_every = config.oldest_every
+        self._admissions = 0
+        self._tenants = tenants
+        self._new: dict[int, R] = {}  # by sequence_id
+        self._returning: dict[int, R] = {}
+        self._passed: dict[int, None] = {}
+        self._classes = {
+            priority: _Class(_Lines(self._counters, self._passed), _Lines(None, self._passed)) for priority in PRIORITIES
+        }
+        self._oldest = _Lines(None, self._passed)  # of all classes
+
+    def __len__(self) -> int:
+        return len(self._new) + len(self._returning)
+
+    def __contains__(self, request: R) -> bool:
+        return request.sequence_id in self._new or request.sequence_id in self._returning
 
     def knows(self, priority: int) -> bool:
         return priority in self._classes
 
     def has_room_for(self, num_tokens: int) -> bool:
-        """Whether a new request of so many prompt tokens may wait. One always may when nobody does."""
-        return not len(self) or (len(self) < self.max_requests and self.num_tokens + num_tokens <= self.max_tokens)
+        """Whether a new request of so many prompt tokens may wait. One always may when no other new one does."""
+        num_new = len(self._new)
+        return not num_new or (num_new < self.max_requests and self.num_tokens + num_tokens <= self.max_tokens)
 
-    def push(self, request: Request) -> None:
-        self._class_of(request)[request.sequence_id] = request
+    # ----------------------------------------------------------------------------------------------- come and go
+
+    def push(self, request: R) -> None:
+        """A new one."""
+        assert request not in self, f"sequence {request.sequence_id} waits already"
+        tenant, sequence_id, cls = request.tenant, request.sequence_id, self._class_of(request)
+        if tenant not in cls.new.lines:
+            self._lift(cls, tenant)
+        self._new[sequence_id] = request
         self.num_tokens += request.num_prompt_tokens
+        cls.new.push(tenant, request.order_ns, sequence_id)
+        cls.count_new(request, 1)
+        self._oldest.push(tenant, sequence_id, sequence_id)
 
-    def push_front(self, request: Request) -> None:
-        """Back to the head of its class: it was running and was preempted."""
-        self.push(request)
-        self._class_of(request).move_to_end(request.sequence_id, last=False)
+    def push_back(self, request: R) -> None:
+        """One that was running: it goes before the new ones of its class."""
+        assert request not in self, f"sequence {request.sequence_id} waits already"
+        tenant, sequence_id, cls = request.tenant, request.sequence_id, self._class_of(request)
+        self._returning[sequence_id] = request
+        cls.returning.push(tenant, sequence_id, sequence_id)
+        cls.count_returning(request, 1)
+        self._oldest.push(tenant, sequence_id, sequence_id)
 
-    def head(self) -> Request | None:
-        for waiting in self._classes.values():
-            if waiting:
-                return next(iter(waiting.values()))
+    def take(self, request: R) -> None:
+        """It is admitted."""
+        self.remove(request)
+        self._admissions += 1
+
+    def remove(self, request: R) -> None:
+        """It waits no longer."""
+        tenant, sequence_id, cls = request.tenant, request.sequence_id, self._class_of(request)
+        if self._new.pop(sequence_id, None) is not None:
+            self.num_tokens -= request.num_prompt_tokens
+            cls.count_new(request, -1)
+            cls.new.discard(tenant, sequence_id)
+            if tenant not in cls.new.lines and tenant not in self._passed:
+                self._note_left(cls, tenant)
+        else:
+            del self._returning[sequence_id]
+            cls.count_returning(request, -1)
+            cls.returning.discard(tenant, sequence_id)
+        self._oldest.discard(tenant, sequence_id)
+        if tenant not in self._oldest.lines:
+            self._passed.pop(tenant, None)  # its index may become another tenant's
+
+    def pass_over(self, tenant: int) -> None:
+        """Nobody of this tenant is the head until it is resumed or nothing of it waits. It does not compete: as if it had
+        left."""
+        if tenant in self._passed or tenant not in self._oldest.lines:
+            return
+        self._passed[tenant] = None
+        for cls in self._classes.values():
+            if tenant in cls.new.lines:
+                self._note_left(cls, tenant)
+        for lines in self._all_lines():
+            lines.pass_over(tenant)
+
+    def resume(self, tenant: int) -> None:
+        if tenant not in self._passed:
+            return
+        for cls in self._classes.values():
+            if tenant in cls.new.lines:
+                self._lift(cls, tenant)
+        del self._passed[tenant]
+        for lines in self._all_lines():
+            lines.resume(tenant)
+
+    def resume_all(self) -> None:
+        for tenant in list(self._passed):
+            self.resume(tenant)
+
+    # ------------------------------------------------------------------------------------------------ who is next
+
+    @property
+    def is_aged_turn(self) -> bool:
+        """Whether the present head is there by rule 1."""
+        return (self._admissions + 1) % self._oldest_every == 0
+
+    def head(self) -> R | None:
+        """Who is next; the same until something changes. None: nobody waits but those passed over."""
+        if self.is_aged_turn:
+            return self._request(self._oldest.first())
+        for cls in self._classes.values():
+            first = cls.first()
+            if first is not None:
+                return self._request(first)
         return None
 
-    def remove(self, request: Request) -> None:
-        del self._class_of(request)[request.sequence_id]
-        self.num_tokens -= request.num_prompt_tokens
+    def rank(self, request: R) -> int:
+        """How many go before it if nobody comes and nothing but prompts is charged. Exact below 100, an estimate from there on.
+        O(number waiting): for explaining only."""
+        queue = self._copy()
+        queue.resume(request.tenant)
+        for rank in range(_EXACT_RANK):
+            head = queue.head()
+            if head is None or head.sequence_id == request.sequence_id:
+                return rank
+            queue.take(head)
+            queue._tenants.charge_input(head.tenant, head.num_prompt_tokens)
+        return max(_EXACT_RANK, self._estimated_rank(request))
 
-    def __contains__(self, request: Request) -> bool:
-        return request.sequence_id in self._class_of(request)
+    def tokens_ahead(self, priority: int, tenant: int, order_ns: int | None = None) -> int:
+        """About how many prompt tokens would be computed before those of a new request of this class, tenant and order (None:
+        behind all of its tenant): those of higher classes, of the returning, of its own tenant before it, and of the class's
+        other tenants as many as their counters and weights allow meanwhile. Tenants passed over do not count.
+        Vector operations over tenants, and a step for each half second that the own tenant's orders spread over."""
+        tenants, passed = self._tenants, list(self._passed)
+        ahead = 0
+        for higher, cls in self._classes.items():
+            if higher > priority:
+                ahead += cls.num_tokens - int(self._new_tokens(cls)[passed].sum())
+        cls = self._classes[priority]
+        own = cls.own_before(tenant, order_ns)
+        counter = max(int(tenants.served[tenant]), cls.new.least() or 0)
+        others = self._new_tokens(cls).copy()
+        others[passed] = 0
+        others[tenant] = 0
+        waiting = others.nonzero()[0]
+        weight = tenants.weight[waiting]
+        credit = np.maximum(counter - tenants.served[waiting], 0) // tenants.input_units * weight
+        share = credit + own * weight // int(tenants.weight[tenant])
+        return ahead + cls.num_returning_tokens + own + int(np.minimum(others[waiting], share).sum())
 
-    def _class_of(self, request: Request) -> OrderedDict[int, Request]:
+    # ----------------------------------------------------------------------------------------------------- inside
+
+    def _class_of(self, request: R) -> _Class:
         return self._classes[request.header.priority]
+
+    def _request(self, sequence_id: int | None) -> R | None:
+        if sequence_id is None:
+            return None
+        request = self._new.get(sequence_id)
+        return self._returning[sequence_id] if request is None else request
+
+    def _counters(self) -> I64:
+        return self._tenants.served
+
+    def _all_lines(self) -> Iterator[_Lines]:
+        for cls in self._classes.values():
+            yield cls.new
+            yield cls.returning
+        yield self._oldest
+
+    def _lift(self, cls: _Class, tenant: int) -> None:
+        """The tenant begins to compete in the class."""
+        floor = cls.new.least()
+        if floor is None and cls.left is not None:  # alone: at least what the last to leave has by now
+            last, counter = cls.left
+            floor = max(counter, int(self._tenants.served[last]))
+        self._tenants.lift(tenant, floor or 0)
+
+    def _note_left(self, cls: _Class, tenant: int) -> None:
+        cls.left = (tenant, int(self._tenants.served[tenant]))
+
+    def _new_tokens(self, cls: _Class) -> I64:
+        """[T] as long as the tenants' columns."""
+        size = len(self._tenants.served)
+        if size > len(cls.tenant_tokens):
+            cls.tenant_tokens = np.concatenate([cls.tenant_tokens, np.zeros(size - len(cls.tenant_tokens), np.int64)])
+        return cls.tenant_tokens
+
+    def _estimated_rank(self, request: R) -> int:
+        """Fairness as if all prompts were equally long; without rule 1."""
+        priority, tenant, sequence_id = request.header.priority, request.tenant, request.sequence_id
+        cls, weight = self._classes[priority], self._tenants.weight
+        higher = [self._classes[other] for other in PRIORITIES if other > priority]
+        rank = sum(len(line) for cls in higher for lines in (cls.new, cls.returning) for line in lines.lines.values())
+        returning = [other for line in cls.returning.lines.values() for other in line]
+        if sequence_id in self._returning:
+            return rank + sum(other < sequence_id for other in returning)
+        before = cls.new.lines[tenant].num_before(sequence_id)
+        others = [
+            min(len(line), before * int(weight[other]) // int(weight[tenant]))
+            for other, line in cls.new.lines.items()
+            if other != tenant and other not in self._passed
+        ]
+        return rank + len(returning) + before + sum(others)
+
+    def _copy(self) -> Queue[R]:
+        twin: Queue[R] = object.__new__(Queue)
+        twin.__dict__.update(self.__dict__)
+        twin._tenants = self._tenants.copy()
+        twin._new, twin._returning, twin._passed = self._new.copy(), self._returning.copy(), self._passed.copy()
+        twin._classes = {priority: cls.copy(twin._counters, twin._passed) for priority, cls in self._classes.items()}
+        twin._oldest = self._oldest.copy(None, twin._passed)
+        return twin

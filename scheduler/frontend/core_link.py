@@ -12,25 +12,36 @@ import contextlib
 import logging
 import os
 from collections import deque
-from typing import TypeVar
+from typing import TypeAlias, TypeVar
 
+import msgspec
+import numpy as np
 import zmq
 from zmq.utils.monitor import parse_monitor_message
 
 from scheduler.errors import RefusedError, RequestError, UnavailableError
-from scheduler.frontend.streams import Stream
+from scheduler.frontend.streams import Outlet, Stream
 from wire import (
     AbortRequest,
     AddRequest,
+    BlockTablesQuery,
+    BlockTablesReply,
     CancelQuery,
     CancelReply,
+    Credit,
+    ExplainQuery,
+    ExplainReply,
     Facts,
     FrontendHello,
+    ListQuery,
+    ListReply,
     LoadQuery,
     LoadReply,
     Message,
     Probe,
     Refused,
+    SetPolicyQuery,
+    SetPolicyReply,
     StepRecord,
     TokenBatch,
     TruncateRequest,
@@ -48,7 +59,11 @@ _ANSWER_S = 10.0  # the core answers queries at once; later than this, something
 _HANDLES = 1 << 32
 _WATCHED_STEPS = 256  # records that wait for one slow watcher
 
-ReplyT = TypeVar("ReplyT", CancelReply, LoadReply)
+_NEVER = 1 << 62  # tokens: no output has so many
+
+Query: TypeAlias = CancelQuery | LoadQuery | SetPolicyQuery | ListQuery | ExplainQuery | BlockTablesQuery
+Reply: TypeAlias = CancelReply | LoadReply | SetPolicyReply | ListReply | ExplainReply | BlockTablesReply
+ReplyT = TypeVar("ReplyT", CancelReply, LoadReply, SetPolicyReply, ListReply, ExplainReply, BlockTablesReply)
 
 
 class Watcher:
@@ -88,19 +103,21 @@ class CoreLink:
     def __init__(self, endpoint: str) -> None:
         self.facts: Facts | None = None
         self.facts_changed = asyncio.Event()  # set at each change; cleared by who follows it
+        self.report_after = _NEVER  # tokens of an output that its reader accepted, before the core is told
         self._loop = asyncio.get_running_loop()
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._socket = self._context.socket(zmq.DEALER)
         self._socket.setsockopt(zmq.LINGER, 0)
         self._socket.setsockopt(zmq.IMMEDIATE, 1)  # what is said to a lost core is not kept for the next
         self._socket.setsockopt(zmq.SNDHWM, 0)  # bounded by the calls at once and their messages' size
-        self._socket.setsockopt(zmq.RCVHWM, 0)  # bounded by max_tokens of each request
+        self._socket.setsockopt(zmq.RCVHWM, 0)  # bounded by the core: max_unread_tokens of each output
         self._socket.setsockopt(zmq.HEARTBEAT_IVL, _HEARTBEAT_MS)
         self._monitor = self._socket.get_monitor_socket(zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED)
         self._receive_scheduled = False
-        self._streams: dict[int, Stream] = {}
+        self._outlets: dict[int, Outlet] = {}  # by handle
         self._last_handle = 0
-        self._queries: dict[int, asyncio.Future[CancelReply | LoadReply]] = {}
+        self._credits: dict[int, int] = {}  # tokens by handle, to be told
+        self._queries: dict[int, asyncio.Future[Reply]] = {}
         self._last_query = 0
         self._watchers: set[Watcher] = set()
         self._loop.add_reader(self._socket.fileno(), self._receive)
@@ -121,26 +138,49 @@ class CoreLink:
 
     # ------------------------------------------------------------------------------------------------ to the core
 
-    def new_handle(self) -> int:
-        self._last_handle = (self._last_handle + 1) % _HANDLES
-        while self._last_handle in self._streams:
-            self._last_handle = (self._last_handle + 1) % _HANDLES
-        return self._last_handle
+    def new_handle(self, num_outputs: int) -> int:
+        """The first of so many consecutive ones."""
+        first = self._last_handle + 1
+        while not self._are_free(first, num_outputs):
+            first = first + 1 if first + num_outputs < _HANDLES else 0
+        self._last_handle = first + num_outputs - 1
+        return first
+
+    def _are_free(self, first: int, count: int) -> bool:
+        return first + count <= _HANDLES and not any(handle in self._outlets for handle in range(first, first + count))
 
     def submit(self, add: AddRequest, stream: Stream) -> None:
-        """Hands a request to the core; what comes back goes into `stream`, until it has ended or is dropped."""
-        stream.handle = add.header.handle
+        """Hands a request to the core; what comes back goes into `stream`, until its outputs have ended or it is dropped."""
         self._send(add)
-        self._streams[stream.handle] = stream
+        for outlet in stream.outlets:
+            outlet.handle = add.header.handle + outlet.index
+            self._outlets[outlet.handle] = outlet
 
     def drop(self, stream: Stream) -> None:
         """The reader is gone; does nothing when the request has ended."""
-        if self._streams.pop(stream.handle, None) is not None:
-            self._tell(AbortRequest(stream.handle))
+        if self._forget(stream):
+            self._tell(AbortRequest(stream.outlets[0].handle))
 
     def truncate(self, handle: int, num_output_tokens: int) -> None:
         """A stop string was found."""
         self._tell(TruncateRequest(handle, num_output_tokens))
+
+    def credit(self, handle: int, num_tokens: int) -> None:
+        """The reader accepted so many more tokens; all that is said in one turn of the loop goes in one message."""
+        if not self._credits:
+            self._loop.call_soon(self._tell_credits)
+        self._credits[handle] = self._credits.get(handle, 0) + num_tokens
+
+    def _tell_credits(self) -> None:
+        credits, self._credits = self._credits, {}
+        if credits:  # else the core is lost since
+            num_tokens = np.fromiter(credits.values(), np.int32, len(credits))
+            self._tell(Credit(num_tokens=num_tokens, handles=np.fromiter(credits, np.uint32, len(credits))))
+
+    def _forget(self, stream: Stream) -> bool:
+        """Whether any of its outputs had not ended."""
+        live = [outlet for outlet in stream.outlets if self._outlets.pop(outlet.handle, None) is not None]
+        return bool(live)
 
     async def cancel(self, request_id: str) -> CancelReply:
         """Raises UnavailableError."""
@@ -149,6 +189,25 @@ class CoreLink:
     async def load(self) -> LoadReply:
         """Raises UnavailableError."""
         return await self._ask(LoadQuery(self._new_query()), LoadReply)
+
+    async def set_policy(self, policy: str) -> SetPolicyReply:
+        """Raises UnavailableError."""
+        reply = await self._ask(SetPolicyQuery(self._new_query(), policy), SetPolicyReply)
+        if self.facts is not None:  # the core tells all front ends, but whoever asked may not look at it too early
+            self.facts = msgspec.structs.replace(self.facts, policy=reply.policy)
+        return reply
+
+    async def list_requests(self, after: int, limit: int) -> ListReply:
+        """after: `next` of the reply before, 0 for the first. Raises UnavailableError."""
+        return await self._ask(ListQuery(self._new_query(), after, limit), ListReply)
+
+    async def explain(self, request_id: str) -> ExplainReply:
+        """Raises UnavailableError."""
+        return await self._ask(ExplainQuery(self._new_query(), request_id), ExplainReply)
+
+    async def block_tables(self) -> BlockTablesReply:
+        """Raises UnavailableError."""
+        return await self._ask(BlockTablesQuery(self._new_query()), BlockTablesReply)
 
     def watch(self) -> Watcher:
         """The core's step records from now on, until `unwatch`. Raises UnavailableError."""
@@ -167,8 +226,8 @@ class CoreLink:
         self._last_query += 1
         return self._last_query
 
-    async def _ask(self, query: CancelQuery | LoadQuery, kind: type[ReplyT]) -> ReplyT:
-        answer: asyncio.Future[CancelReply | LoadReply] = self._loop.create_future()
+    async def _ask(self, query: Query, kind: type[ReplyT]) -> ReplyT:
+        answer: asyncio.Future[Reply] = self._loop.create_future()
         self._queries[query.query_id] = answer
         try:
             self._send(query)
@@ -228,15 +287,13 @@ class CoreLink:
             case Facts():
                 self.facts = message
                 self.facts_changed.set()
-            case Refused(handle=handle):
-                stream = self._streams.pop(handle, None)
-                if stream is not None:
-                    field, retry_after_ns = message.field, message.retry_after_ns
-                    stream.fail(RefusedError(message.code, message.message, field=field, retry_after_ns=retry_after_ns))
-            case CancelReply(query_id=query_id) | LoadReply(query_id=query_id):
-                answer = self._queries.get(query_id)
-                if answer is not None and not answer.done():
-                    answer.set_result(message)
+                self.report_after = max(1, message.max_unread_tokens // 4) if message.max_unread_tokens else _NEVER
+            case Refused():
+                self._refused(message)
+            case CancelReply() | LoadReply() | SetPolicyReply() | ListReply() | ExplainReply():
+                self._answer(message.query_id, message)
+            case BlockTablesReply():
+                self._answer(message.header.query_id, message)
             case StepRecord():
                 for watcher in self._watchers:
                     watcher.put(message)
@@ -247,19 +304,34 @@ class CoreLink:
 
     def _tokens(self, batch: TokenBatch) -> None:
         """Handles that are not known any more are of streams that were dropped a moment ago."""
-        streams = self._streams
+        outlets = self._outlets
         ended = {end.handle: end for end in batch.header.ended}
         for handle, token in zip(batch.handles.tolist(), batch.tokens.tolist(), strict=True):
-            stream = streams.get(handle)
-            if stream is not None:
+            outlet = outlets.get(handle)
+            if outlet is not None:
                 end = ended.pop(handle, None)
                 if end is not None:
-                    del streams[handle]
-                stream.token(token, end, self)
+                    del outlets[handle]
+                outlet.token(token, end, self)
         for handle, end in ended.items():
-            stream = streams.pop(handle, None)
-            if stream is not None:
-                stream.end(end)
+            outlet = outlets.pop(handle, None)
+            if outlet is not None:
+                outlet.end(end)
+
+    def _refused(self, refused: Refused) -> None:
+        outlet = self._outlets.get(refused.handle)
+        if outlet is not None:
+            self._forget(outlet.stream)
+            field, retry_after_ns = refused.field, refused.retry_after_ns
+            error = RefusedError(
+                refused.code, refused.message, field=field, retry_after_ns=retry_after_ns, metadata=refused.details
+            )
+            outlet.stream.fail(error)
+
+    def _answer(self, query_id: int, reply: Reply) -> None:
+        answer = self._queries.get(query_id)
+        if answer is not None and not answer.done():
+            answer.set_result(reply)
 
     # ------------------------------------------------------------------------------------------ the connection itself
 
@@ -280,10 +352,11 @@ class CoreLink:
     def _lose(self, error: UnavailableError) -> None:
         self.facts = None
         self.facts_changed.set()
-        streams, self._streams = self._streams, {}
+        self._credits = {}
+        outlets, self._outlets = self._outlets, {}
         watchers, self._watchers = self._watchers, set()
-        for stream in streams.values():
-            stream.fail(error)
+        for outlet in outlets.values():
+            outlet.stream.fail(error)
         for watcher in watchers:
             watcher.fail(error)
         for answer in self._queries.values():

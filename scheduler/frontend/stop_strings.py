@@ -6,6 +6,7 @@ look-up per character, and the state's depth is how much of the text's end may s
 
 from __future__ import annotations
 
+import copy
 from collections import deque
 from collections.abc import Sequence
 
@@ -23,6 +24,12 @@ class StopStrings:
             self._insert(string)
         self._link()
         self._state = 0
+
+    def another(self) -> StopStrings:
+        """For another text, from its beginning; shares the tables."""
+        twin = copy.copy(self)
+        twin._state = 0
+        return twin
 
     def feed(self, text: str) -> tuple[str, int] | None:
         """More text. (the stop string found, how many of these characters it took to find it), or None."""

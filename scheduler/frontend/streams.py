@@ -1,12 +1,15 @@
 """One request between the core's messages and its writer: what came in gathers here until the writer is free.
 
-The core link puts tokens and the end in; the call's handler waits, takes and writes. So deltas merge while the reader is slow,
-and what gathers is bounded by the request's max_tokens. Knows nothing of gRPC and of sockets.
+The core link puts tokens and ends in, output by output; the call's handler waits, takes and writes. So deltas merge while the
+reader is slow. What gathers is bounded: the core computes no more of an output than `max_unread_tokens` beyond what `accepted`
+reports. Knows nothing of gRPC and of sockets.
 """
 
 from __future__ import annotations
 
 import asyncio
+from collections import deque
+from collections.abc import Sequence
 from typing import Protocol
 
 from scheduler.errors import RequestError
@@ -19,30 +22,30 @@ class ToCore(Protocol):
 
     def truncate(self, handle: int, num_output_tokens: int) -> None: ...
 
+    def credit(self, handle: int, num_tokens: int) -> None: ...
 
-class Stream:
-    """Alive from the AddRequest to OutputEnded, Refused, or the handler's end."""
 
-    def __init__(self, output: Output, include_stop: bool) -> None:
+class Outlet:
+    """One output of a request; the core knows it by its handle."""
+
+    __slots__ = ("_num_reported", "_truncated", "ended", "handle", "index", "is_fresh", "num_received", "output", "stream")
+
+    def __init__(self, stream: Stream, index: int, output: Output) -> None:
+        self.index = index
         self.output = output
         self.handle = -1  # once it is submitted
         self.ended: OutputEnded | None = None
-        self._include_stop = include_stop
+        self.num_received = 0  # tokens, also those that are held back or left out
+        self.is_fresh = False  # the writer has not seen what is new
+        self._num_reported = 0  # of these, reported to the core as accepted
+        self.stream = stream
         self._truncated = False
-        self._error: RequestError | None = None
-        self._news = asyncio.Event()
-
-    async def wait(self) -> None:
-        """Until there is something new. Raises what ended the request, if it was refused or lost."""
-        await self._news.wait()
-        self._news.clear()
-        if self._error is not None:
-            raise self._error
 
     def token(self, token: int, ended: OutputEnded | None, core: ToCore) -> None:
         """A token, and the output's end if this was its last."""
+        self.num_received += 1
         is_stop = ended is not None and ended.stop_token_id == token
-        if self._include_stop or not is_stop:
+        if self.stream.include_stop or not is_stop:
             self.output.push(token)
         if ended is not None:
             self.end(ended)
@@ -50,12 +53,49 @@ class Stream:
         if self.output.stop_string and not self._truncated:
             self._truncated = True
             core.truncate(self.handle, self.output.num_tokens)
-        self._news.set()
+        self.stream.put(self)
 
     def end(self, ended: OutputEnded) -> None:
         self.output.finish()
         self.ended = ended
-        self._news.set()
+        self.stream.put(self)
+
+    def accepted(self, num_received: int, report_after: int, core: ToCore) -> None:
+        """The reader's side has taken all that came of the first `num_received` tokens. Reported once it is `report_after`
+        tokens: a quarter of what the core lets gather, so that it never waits for the rest."""
+        unreported = num_received - self._num_reported
+        if unreported >= report_after and self.ended is None:
+            self._num_reported = num_received
+            core.credit(self.handle, unreported)
+
+
+class Stream:
+    """A request, alive from its AddRequest until all its outputs have ended, it is refused, or its handler ends."""
+
+    def __init__(self, outputs: Sequence[Output], include_stop: bool) -> None:
+        self.outlets = [Outlet(self, index, output) for index, output in enumerate(outputs)]
+        self.include_stop = include_stop
+        self._fresh: deque[Outlet] = deque()  # whose turn it is with the writer
+        self._error: RequestError | None = None
+        self._news = asyncio.Event()
+
+    async def next(self) -> Outlet:
+        """An output of which something is new, once there is one. Raises what ended the request if it was refused or lost."""
+        while self._error is None and not self._fresh:
+            self._news.clear()
+            await self._news.wait()
+        if self._error is not None:
+            raise self._error
+        outlet = self._fresh.popleft()
+        outlet.is_fresh = False
+        return outlet
+
+    def put(self, outlet: Outlet) -> None:
+        """Something is new of this output."""
+        if not outlet.is_fresh:
+            outlet.is_fresh = True
+            self._fresh.append(outlet)
+            self._news.set()
 
     def fail(self, error: RequestError) -> None:
         self._error = error

@@ -19,6 +19,8 @@ from scheduler.frontend.defaults import ModelDefaults
 from wire import SamplingSpec, WorkerFacts
 
 MAX_ID_CHARACTERS = 128
+MAX_SALT_CHARACTERS = 256
+MAX_OUTPUTS = 64
 MAX_STOP_STRINGS = 16
 MAX_STOP_CHARACTERS = 256
 MAX_STOP_TOKENS = 64
@@ -33,7 +35,13 @@ class Options:
 
     request_id: str
     priority: int  # as on the inner wire: 1 BATCH, 2 NORMAL, 3 INTERACTIVE
+    tenant: str  # empty: the one of all who name none
+    max_time_ns: int  # 0: none of its own, only the call's
+    partial_at_deadline: bool
+    whole_by_deadline: bool
+    cache_salt: str
     max_tokens: int  # 0: what the model's length leaves
+    num_outputs: int
     sampling: SamplingSpec
     stop: tuple[str, ...]
     include_stop: bool
@@ -44,15 +52,22 @@ class Options:
 def check_options(request: pb.GenerateRequest, limits: WorkerFacts, defaults: ModelDefaults) -> Options:
     """Raises InvalidFieldError, UnsupportedFieldError."""
     _check_prompt_size(request, limits)
-    stopping = request.stopping
+    stopping, scheduling = request.stopping, request.scheduling
     max_tokens, stop = _max_tokens(stopping, limits), _stop_strings(stopping)
     _check_output(request.output)
+    _check_scheduling(scheduling)
     if stopping.min_tokens > (max_tokens or limits.max_model_len):
         raise InvalidFieldError("stopping.min_tokens", f"must be at most max_tokens, {max_tokens or limits.max_model_len}")
     return Options(
         request_id=_request_id(request),
-        priority=_priority(request.scheduling),
+        priority=scheduling.priority or int(pb.PRIORITY_CLASS_NORMAL),
+        tenant=scheduling.tenant,
+        max_time_ns=scheduling.max_time_ms * 1_000_000,
+        partial_at_deadline=scheduling.on_timeout == pb.ON_TIMEOUT_RETURN_PARTIAL,
+        whole_by_deadline=_whole_by_deadline(request, max_tokens),
+        cache_salt=scheduling.cache_salt,
         max_tokens=max_tokens,
+        num_outputs=_num_outputs(request.sampling),
         sampling=_sampling(request, limits, defaults),
         stop=stop,
         include_stop=stopping.include_stop,
@@ -94,11 +109,12 @@ def _check_prompt_size(request: pb.GenerateRequest, limits: WorkerFacts) -> None
 def _request_id(request: pb.GenerateRequest) -> str:
     if not request.HasField("request_id"):
         return str(uuid.uuid4())
-    _check_characters("request_id", request.request_id)
+    check_id("request_id", request.request_id)
     return request.request_id
 
 
-def _check_characters(field: str, value: str) -> None:
+def check_id(field: str, value: str) -> None:
+    """Raises InvalidFieldError."""
     if not 1 <= len(value) <= MAX_ID_CHARACTERS:
         raise InvalidFieldError(field, f"must have 1 to {MAX_ID_CHARACTERS} characters, not {len(value)}")
 
@@ -110,10 +126,6 @@ def _sampling(request: pb.GenerateRequest, limits: WorkerFacts, defaults: ModelD
     params = request.sampling
     _check_penalties(params)
     _check_bias(params, limits)
-    if params.HasField("num_outputs") and params.num_outputs != 1:
-        if params.num_outputs == 0:
-            raise InvalidFieldError("sampling.num_outputs", "must be 1 or more")
-        raise UnsupportedFieldError("sampling.num_outputs")
     if params.top_k > limits.vocab_size:
         raise InvalidFieldError("sampling.top_k", f"must be at most the vocabulary size, {limits.vocab_size}")
     check_token_ids(request.stopping.stop_token_ids, "stopping.stop_token_ids", limits)
@@ -127,6 +139,14 @@ def _sampling(request: pb.GenerateRequest, limits: WorkerFacts, defaults: ModelD
         min_tokens=request.stopping.min_tokens,
         stop_token_ids=tuple(dict.fromkeys((*request.stopping.stop_token_ids, *own))),
     )
+
+
+def _num_outputs(params: pb.SamplingParams) -> int:
+    if not params.HasField("num_outputs"):
+        return 1
+    if not 1 <= params.num_outputs <= MAX_OUTPUTS:
+        raise InvalidFieldError("sampling.num_outputs", f"must be 1 to {MAX_OUTPUTS}, not {params.num_outputs}")
+    return params.num_outputs
 
 
 def _check_penalties(params: pb.SamplingParams) -> None:
@@ -196,23 +216,28 @@ def _check_logprobs(field: str, value: int) -> None:
     raise UnsupportedFieldError(field)
 
 
-def _priority(scheduling: pb.SchedulingParams) -> int:
-    """Checks all of SchedulingParams; the class of priority."""
+def _check_scheduling(scheduling: pb.SchedulingParams) -> None:
     if scheduling.priority not in pb.PriorityClass.values():
         raise InvalidFieldError("scheduling.priority", f"must be a PriorityClass, not {scheduling.priority}")
     if scheduling.on_timeout not in pb.OnTimeout.values():
         raise InvalidFieldError("scheduling.on_timeout", f"must be an OnTimeout, not {scheduling.on_timeout}")
     if scheduling.HasField("tenant"):
-        _check_characters("scheduling.tenant", scheduling.tenant)
-        raise UnsupportedFieldError("scheduling.tenant")
-    if scheduling.HasField("max_time_ms"):
-        if scheduling.max_time_ms == 0:
-            raise InvalidFieldError("scheduling.max_time_ms", "must be 1 or more")
-        raise UnsupportedFieldError("scheduling.max_time_ms")
-    if scheduling.on_timeout == pb.ON_TIMEOUT_RETURN_PARTIAL:
-        raise UnsupportedFieldError("scheduling.on_timeout")
-    if scheduling.cache_salt:
-        raise UnsupportedFieldError("scheduling.cache_salt")
+        check_id("scheduling.tenant", scheduling.tenant)
+        if not scheduling.tenant.isprintable():
+            raise InvalidFieldError("scheduling.tenant", "must have printable characters only")
+    if scheduling.HasField("max_time_ms") and scheduling.max_time_ms == 0:
+        raise InvalidFieldError("scheduling.max_time_ms", "must be 1 or more")
+    if len(scheduling.cache_salt) > MAX_SALT_CHARACTERS:
+        what = f"must have at most {MAX_SALT_CHARACTERS} characters, not {len(scheduling.cache_salt)}"
+        raise InvalidFieldError("scheduling.cache_salt", what)
     if scheduling.resume_window_ms:
         raise UnsupportedFieldError("scheduling.resume_window_ms")
-    return scheduling.priority or int(pb.PRIORITY_CLASS_NORMAL)
+
+
+def _whole_by_deadline(request: pb.GenerateRequest, max_tokens: int) -> bool:
+    """As it is asked for; else where the length is known in advance, and a part of it is of no use."""
+    scheduling, stopping = request.scheduling, request.stopping
+    if scheduling.HasField("whole_by_deadline"):
+        return scheduling.whole_by_deadline
+    known = stopping.ignore_eos and max_tokens > 0 and not stopping.stop and not stopping.stop_token_ids
+    return known and scheduling.on_timeout != pb.ON_TIMEOUT_RETURN_PARTIAL

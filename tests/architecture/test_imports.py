@@ -15,10 +15,12 @@ ROOT = Path(__file__).parents[2]
 CORE = sorted((ROOT / "scheduler" / "core").rglob("*.py"))
 CORE_MAY_IMPORT = {
     "__future__",
+    "bisect",
     "collections",
     "dataclasses",
     "enum",
     "heapq",
+    "itertools",
     "typing",
     "numpy",
     "kvcache",
@@ -38,7 +40,7 @@ def lint(folder: Path) -> subprocess.CompletedProcess[str]:
 @pytest.fixture
 def tree(tmp_path: Path) -> Path:
     """A copy of our packages, to spoil."""
-    for package in ("client", "kvcache", "scheduler", "worker", "protos"):
+    for package in ("bench", "client", "kvcache", "scheduler", "worker", "protos"):
         shutil.copytree(ROOT / package, tmp_path / package, ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"))
     shutil.copy(ROOT / "pyproject.toml", tmp_path)
     return tmp_path
@@ -57,6 +59,8 @@ def test_the_contracts_are_kept() -> None:
         ("scheduler/core/core.py", "from scheduler import engine", "The core thinks, and does nothing else"),
         ("kvcache/manager.py", "import scheduler.core", "Imports go downward only"),
         ("worker/executor.py", "import scheduler.core", "Imports go downward only"),
+        ("scheduler/core/core.py", "import bench.workloads", "Imports go downward only"),
+        ("bench/simulator.py", "import torch", "No torch in the scheduler"),
         ("client/cli.py", "import torch", "No torch in the scheduler"),
         ("worker/link.py", "import grpc", "grpc lives in the front end"),
         ("scheduler/main.py", "import kvcache.storage", "Only the worker imports the KV tensors"),

@@ -19,6 +19,8 @@ MODULES = [
     "kvcache.manager",
     "worker.link",
     "worker.sim_executor",
+    "bench.simulate",
+    "bench.targets",
 ]
 SCRIPT = """
 import sys

@@ -7,9 +7,21 @@ import threading
 import grpc
 import pytest
 
-from carousel.v1 import generation_pb2, inspect_pb2
+from carousel.v1 import control_pb2, generation_pb2, inspect_pb2
 from client import CarouselClient, CarouselError, ServerUnreachableError
-from tests.helpers.fake_server import WAIT_S, FakeServer, bad_request, delta, ending, refuse, retry_after, words
+from tests.helpers.fake_server import (
+    WAIT_S,
+    FakeServer,
+    bad_request,
+    delta,
+    ending,
+    error_info,
+    finished,
+    refuse,
+    retry_after,
+    summary,
+    words,
+)
 
 
 @pytest.fixture
@@ -45,19 +57,40 @@ def test_only_what_was_given_is_sent(server, client):
 
 def test_every_argument_reaches_its_field(server, client):
     arguments = {"top_k": 5, "top_p": 0.5, "min_p": 0.25, "seed": 2**63, "min_tokens": 1, "stop_token_ids": [1, 2]}
+    arguments |= {"num_outputs": 3, "tenant": "team-a", "max_time_ms": 900, "on_timeout": "partial", "cache_salt": "s"}
     list(client.generate([3, 4], request_id="me", ignore_eos=True, echo=True, priority="interactive", **arguments))
     request = server.requests.get(timeout=WAIT_S)
     assert request.request_id == "me" and list(request.token_ids.ids) == [3, 4]
     sampling, stopping = request.sampling, request.stopping
     assert (sampling.top_k, sampling.top_p, sampling.min_p, sampling.seed) == (5, 0.5, 0.25, 2**63)
     assert (stopping.min_tokens, list(stopping.stop_token_ids), stopping.ignore_eos) == (1, [1, 2], True)
-    assert request.output.echo and request.scheduling.priority == generation_pb2.PRIORITY_CLASS_INTERACTIVE
+    assert request.output.echo and sampling.num_outputs == 3
+    scheduling = request.scheduling
+    assert (scheduling.priority, scheduling.tenant) == (generation_pb2.PRIORITY_CLASS_INTERACTIVE, "team-a")
+    assert (scheduling.max_time_ms, scheduling.cache_salt) == (900, "s")
+    assert scheduling.on_timeout == generation_pb2.ON_TIMEOUT_RETURN_PARTIAL
 
 
 def test_empty_prompts_are_sent_as_what_they_are_for_the_server_to_refuse(server, client):
     list(client.generate(""))
     list(client.generate([]))
     assert [server.requests.get(timeout=WAIT_S).WhichOneof("prompt") for _ in range(2)] == ["text", "token_ids"]
+
+
+def test_texts_of_several_outputs_come_with_their_index(server, client):
+    def script(request, context):
+        for offset, text in enumerate("ab"):
+            for index in (1, 0):
+                yield delta(f"{text}{index}", offset, index)
+        yield finished(1, generation_pb2.FINISH_REASON_STOP)
+        yield finished(0)
+        yield summary(request, 4)
+
+    server.script = script
+    stream = client.generate("p", num_outputs=2)
+    assert list(stream.texts()) == [(1, "a1"), (0, "a0"), (1, "b1"), (0, "b0")]
+    assert stream.finished[1].reason == generation_pb2.FINISH_REASON_STOP and len(stream.finished) == 2
+    assert list(client.generate("p", num_outputs=2).text()) == ["a0", "b0"], "those of output 0"
 
 
 def test_a_request_without_an_id_gets_one_of_its_own(server, client):
@@ -135,6 +168,18 @@ def test_a_full_queue_says_when_to_come_again(server, client):
     assert raised.value.retry_after_s == 1.5
 
 
+def test_a_deadline_that_can_not_be_met_says_why_in_numbers(server, client):
+    server.script = refuse(grpc.StatusCode.DEADLINE_EXCEEDED, "too late", error_info("DEADLINE", estimate_ms="350"))
+    with pytest.raises(CarouselError) as raised:
+        list(client.generate("p", max_time_ms=100))
+    error = raised.value
+    assert (error.code, error.reason, error.metadata) == (
+        grpc.StatusCode.DEADLINE_EXCEEDED,
+        "DEADLINE",
+        {"estimate_ms": "350"},
+    )
+
+
 def test_a_draining_server_is_not_an_unreachable_one(server, client):
     server.script = refuse(grpc.StatusCode.UNAVAILABLE, "the server is draining", retry_after(5))
     with pytest.raises(CarouselError) as raised:
@@ -173,6 +218,34 @@ def test_facts_and_cancel(server, client):
     assert client.load().total_blocks == 10
     assert client.cancel("some-id") == generation_pb2.CANCEL_OUTCOME_CANCELLED
     assert server.cancels.get(timeout=WAIT_S) == "some-id"
+
+
+def test_a_policy_is_set(server, client):
+    assert client.set_policy("static") == "static" == client.server_info().policy
+    with pytest.raises(CarouselError) as raised:
+        client.set_policy("fifo")
+    assert raised.value.code is grpc.StatusCode.INVALID_ARGUMENT
+
+
+def test_requests_are_listed_in_pages(server, client):
+    server.alive = [control_pb2.RequestSummary(request_id=f"r{i}") for i in range(5)]
+    page = client.list_requests(3)
+    assert ([request.request_id for request in page.requests], page.total_requests) == (["r0", "r1", "r2"], 5)
+    page = client.list_requests(3, page.next_page_token)
+    assert ([request.request_id for request in page.requests], page.next_page_token) == (["r3", "r4"], "")
+
+
+def test_a_request_is_explained(server, client):
+    server.explanations["r"] = control_pb2.ExplainRequestResponse(request_id="r", text="Waiting: it is next.")
+    assert client.explain("r").text == "Waiting: it is next."
+    with pytest.raises(CarouselError) as raised:
+        client.explain("other")
+    assert raised.value.code is grpc.StatusCode.NOT_FOUND
+
+
+def test_block_tables_are_told(server, client):
+    server.tables = inspect_pb2.GetBlockTablesResponse(num_blocks=3, ref_counts=[1, 0, 0])
+    assert list(client.block_tables().ref_counts) == [1, 0, 0]
 
 
 def test_steps_can_be_watched(server, client):

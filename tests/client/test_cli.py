@@ -16,7 +16,18 @@ import pytest
 
 import client.cli
 from carousel.v1 import generation_pb2
-from tests.helpers.fake_server import WAIT_S, FakeServer, bad_request, delta, ending, refuse, retry_after, words
+from tests.helpers.fake_server import (
+    WAIT_S,
+    FakeServer,
+    bad_request,
+    delta,
+    ending,
+    finished,
+    refuse,
+    retry_after,
+    summary,
+    words,
+)
 
 PIPE = subprocess.PIPE
 REPO = Path(__file__).parents[2]
@@ -137,6 +148,41 @@ def test_stats_say_counts_and_times_on_stderr(server):
         assert part in line
 
 
+def two_outputs(request, context):
+    yield delta("def a(", 0, 0)
+    yield delta("x = 1\ny", 0, 1)
+    yield delta("):\n    pass", 1, 0)
+    yield delta(" = 2", 1, 1)
+    yield finished(1, generation_pb2.FINISH_REASON_STOP)
+    yield delta("\n", 2, 0)
+    yield finished(0)
+    yield summary(request, 5)
+
+
+def test_lines_of_several_outputs_carry_their_number(server):
+    server.script = two_outputs
+    done = generate(server, "--prompt", "p", "--num-outputs", "2", "--stats")
+    assert done.stdout.decode() == "[1] x = 1\n[0] def a():\n[1] y = 2\n[0]     pass\n"
+    assert b"5 tokens in" in done.stderr and b"ended by length, stop;" in done.stderr
+
+
+def test_json_of_several_outputs_is_the_events_as_they_are(server):
+    server.script = two_outputs
+    done = generate(server, "--prompt", "p", "--num-outputs", "2", "--json")
+    events = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [event["delta"]["output_index"] for event in events if "delta" in event] == [0, 1, 0, 1, 0]
+
+
+def test_incomplete_lines_of_several_outputs_are_written_when_the_stream_breaks(server):
+    def script(request, context):
+        yield delta("half", 0, 1)
+        context.abort(grpc.StatusCode.UNAVAILABLE, "the worker is gone")
+
+    server.script = script
+    done = generate(server, "--prompt", "p", "--num-outputs", "2")
+    assert (done.returncode, done.stdout) == (1, b"[1] half\n")
+
+
 # ------------------------------------------------------------------------------------------------------------- prompts
 
 
@@ -150,7 +196,8 @@ def test_the_prompt_comes_from_an_option_a_file_or_stdin_as_it_is(server, tmp_pa
 
 def test_options_reach_the_request(server):
     options = "--token-ids 1,2,3 --max-tokens 9 --temperature 0 --top-k 4 --top-p 0.5 --min-p 0.25 --seed 7"
-    done = generate(server, *options.split(), "--stop", "a", "--stop", "b", "--ignore-eos", "--echo", "--priority", "batch")
+    options += " --num-outputs 2 --tenant team-a --max-time-ms 900 --on-timeout partial --cache-salt s --priority batch"
+    done = generate(server, *options.split(), "--stop", "a", "--stop", "b", "--ignore-eos", "--echo")
     assert done.returncode == 0
     request = server.requests.get(timeout=WAIT_S)
     assert list(request.token_ids.ids) == [1, 2, 3]
@@ -158,14 +205,18 @@ def test_options_reach_the_request(server):
     assert (sampling.temperature, sampling.top_k, sampling.top_p, sampling.min_p, sampling.seed) == (0, 4, 0.5, 0.25, 7)
     assert sampling.HasField("temperature")
     assert request.stopping.max_tokens == 9 and request.stopping.ignore_eos and list(request.stopping.stop) == ["a", "b"]
-    assert request.output.echo and request.scheduling.priority == generation_pb2.PRIORITY_CLASS_BATCH
+    scheduling = request.scheduling
+    assert request.output.echo and scheduling.priority == generation_pb2.PRIORITY_CLASS_BATCH
+    assert (sampling.num_outputs, scheduling.tenant, scheduling.max_time_ms, scheduling.cache_salt) == (2, "team-a", 900, "s")
+    assert scheduling.on_timeout == generation_pb2.ON_TIMEOUT_RETURN_PARTIAL
 
 
 def test_options_that_were_not_given_are_absent(server):
     generate(server, "--prompt", "p")
     request = server.requests.get(timeout=WAIT_S)
-    assert {field.name for field, _ in request.ListFields()} <= {"request_id", "text", "sampling", "stopping", "output"}
-    for message in (request.sampling, request.stopping, request.output):
+    groups = {"sampling", "stopping", "output", "scheduling"}
+    assert {field.name for field, _ in request.ListFields()} <= {"request_id", "text", *groups}
+    for message in (request.sampling, request.stopping, request.output, request.scheduling):
         assert message.ListFields() == []
 
 
@@ -252,6 +303,14 @@ WRONG_USAGE = [
     ("generate", "--prompt", "a", "--max-tokens", "4294967296"),
     ("generate", "--prompt", "\udcff"),
     ("generate", "--prompt", "a", "--priority", "first"),
+    ("generate", "--prompt", "a", "--on-timeout", "never"),
+    ("generate", "--prompt", "a", "--max-time-ms", "-5"),
+    ("generate", "--prompt", "a", "--tenant", "\udcff"),
+    ("explain",),
+    ("explain", "\udcff"),
+    ("policy", "a", "b"),
+    ("requests", "--limit", "0"),
+    ("blocks", "more"),
     ("generate", "--file", "no-such-file"),
     ("generate", "--prompt", "a", "--no-such-option"),
     ("serve",),

@@ -75,8 +75,7 @@ def trace() -> list[str]:
 def describe(core: Core, plan: StepPlan, names: dict[int, str]) -> str:
     starts, at = [], 0
     for start in plan.header.starts:
-        request = core.request_of(start.slot)
-        assert request is not None
+        request = core.rows.sequence(start.slot)
         names[start.slot] = request.request_id
         blocks = " ".join(map(str, plan.start_blocks[at : at + start.num_blocks].tolist()))
         starts.append(f"{request.request_id} on blocks {blocks}")

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from kvcache.prefix_index import hash_blocks, root
 from scheduler.core import Core, CoreConfig, Output
 from tests.helpers.fake_worker import PIPELINE_DEPTH, FakeWorker, undisturbed, worker_facts
 from wire import (
@@ -30,12 +31,12 @@ NATURAL = (EndReason.STOP, EndReason.LENGTH)
 
 @dataclass(slots=True)
 class Tracked:
-    """One accepted request: what it must get and what it has got."""
+    """One output of an accepted request: what it must get and what it has got."""
 
     frontend: int
     handle: int
     request_id: str
-    sequence_id: int  # counts up per accepted request
+    sequence_id: int  # counts up per accepted output
     prompt: list[int]
     max_tokens: int  # as asked; 0: no limit of its own
     max_outputs: int  # what the model's length and the pool leave of it
@@ -47,6 +48,9 @@ class Tracked:
     crashes: int = 0  # failed steps and lost workers while it ran
     doomed: bool = False  # must end with ERROR
     truncated_to: int | None = None
+    output_index: int = 0
+    deadline_ns: int = 0
+    siblings: list[Tracked] = field(default_factory=list)  # all outputs of the request, itself too
 
     @property
     def over(self) -> bool:
@@ -62,7 +66,9 @@ class CoreDriver:
         self.facts = facts or worker_facts()
         self.now = 0
         self.tick = tick  # nanoseconds that pass before each input
-        self.requests: list[Tracked] = []
+        self.requests: list[Tracked] = []  # outputs, by sequence_id
+        self.num_accepted = 0
+        self._next_handle = 0
         self.plans: list[StepPlan] = []
         self.num_refused = 0
         self.joined()
@@ -80,25 +86,61 @@ class CoreDriver:
         min_tokens: int = 0,
         request_id: str | None = None,
         handle: int | None = None,
+        num_outputs: int = 1,
+        tenant: str = "",
+        salt: str | None = None,
+        deadline_ns: int = 0,
+        partial: bool = False,
+        whole: bool = False,
     ) -> Tracked | Refused:
+        """salt: None keeps the request away from the prefix cache. With several outputs, the first one is returned."""
         now = self._pass_time()
-        number = len(self.requests) + self.num_refused
-        handle = number if handle is None else handle
+        number = self.num_accepted + self.num_refused
+        handle = self._next_handle if handle is None else handle
+        self._next_handle = max(self._next_handle, handle + num_outputs)
         request_id = f"r{number}" if request_id is None else request_id
         sampling = SamplingSpec(0.0, 0, 1.0, 0.0, 0, min_tokens, tuple(stop))
-        header = AddHeader(handle, request_id, now, priority, max_tokens, sampling)
-        refused = self.core.add(AddRequest(header, np.array(prompt, np.int32)), frontend, now)
+        header = AddHeader(
+            handle=handle,
+            request_id=request_id,
+            arrival_ns=now,
+            priority=priority,
+            max_tokens=max_tokens,
+            sampling=sampling,
+            num_outputs=num_outputs,
+            tenant=tenant,
+            deadline_ns=deadline_ns,
+            partial_at_deadline=partial,
+            whole_by_deadline=whole,
+        )
+        refused = self.core.add(self._hashed(AddRequest(header, np.array(prompt, np.int32)), salt), frontend, now)
         if refused is not None:
             self.num_refused += 1
             self.check()
             return refused
-        room = self._room(max_tokens, len(prompt))
-        expected = undisturbed(prompt, room, self.facts.vocab_size, sampling)
-        sequence_id = len(self.requests)
-        tracked = Tracked(frontend, handle, request_id, sequence_id, list(prompt), max_tokens, room, sampling, expected)
-        self.requests.append(tracked)
+        self.num_accepted += 1
+        room = self._room(max_tokens, len(prompt), tenant)
+        siblings: list[Tracked] = []
+        for index in range(num_outputs):
+            expected = undisturbed(prompt, room, self.facts.vocab_size, sampling, index)
+            tracked = Tracked(
+                frontend, handle + index, request_id, len(self.requests), list(prompt), max_tokens, room, sampling, expected
+            )
+            tracked.output_index, tracked.deadline_ns, tracked.siblings = index, deadline_ns, siblings
+            siblings.append(tracked)
+            self.requests.append(tracked)
         self.check()
-        return tracked
+        return siblings[0]
+
+    def _hashed(self, add: AddRequest, salt: str | None) -> AddRequest:
+        """As a front end does it; every third leaves it to the core."""
+        if salt is not None:
+            add.header.prefix_key = root("model", "", salt)
+            if self.num_accepted % 3:
+                add.header.hash_block_size = self.facts.block_size
+                hashes = hash_blocks(add.header.prefix_key, add.prompt, self.facts.block_size)
+                add.prefix_hashes = np.frombuffer(hashes, np.uint8)
+        return add
 
     def accepted(self, prompt: Sequence[int], max_tokens: int = 0, **options: object) -> Tracked:
         """`add`, for a request that must be taken."""
@@ -108,7 +150,7 @@ class CoreDriver:
 
     def abort(self, request: Tracked) -> None:
         self._hear(self.core.abort(request.frontend, request.handle, self._pass_time()))
-        assert request.over
+        assert all(sibling.over for sibling in request.siblings)
 
     def cancel(self, request_id: str) -> CancelOutcome:
         outcome, outputs = self.core.cancel(request_id, self._pass_time())
@@ -120,6 +162,19 @@ class CoreDriver:
             request.truncated_to = num_outputs
         self._hear(self.core.truncate(request.frontend, request.handle, num_outputs, self._pass_time()))
         assert request.over
+
+    def credit(self, *taken: tuple[Tracked, int]) -> None:
+        """The reader of each output took so many more tokens."""
+        for frontend in sorted({request.frontend for request, _ in taken}):
+            mine = [(request.handle, count) for request, count in taken if request.frontend == frontend]
+            handles = np.array([handle for handle, _ in mine], np.uint32)
+            self.core.credit(frontend, handles, np.array([count for _, count in mine], np.int32), self._pass_time())
+        self.check()
+
+    def set_policy(self, name: str) -> str:
+        error = self.core.set_policy(name, self._pass_time())
+        self.check()
+        return error
 
     def frontend_lost(self, frontend: int) -> None:
         self.core.frontend_lost(frontend, self._pass_time())
@@ -133,8 +188,9 @@ class CoreDriver:
         self.facts = facts or self.facts
         self._count_crashes()
         for request in self._alive():
-            room = self._room(request.max_outputs, len(request.prompt))
-            if request.max_tokens == 0 and room > len(request.got):
+            tenant = self.core.request(request.request_id).header.tenant
+            room = self._room(request.max_outputs, len(request.prompt), tenant)
+            if request.max_tokens == 0 and room > max(len(sibling.got) for sibling in request.siblings):
                 request.max_outputs, request.expected = room, request.expected[:room]
             elif room < request.max_outputs:
                 request.doomed = True
@@ -157,6 +213,7 @@ class CoreDriver:
 
     def plan(self) -> StepPlan | None:
         plan = self.core.plan(self._pass_time())
+        self._hear(self.core.take_outputs())
         if plan is not None:
             assert self.worker is not None, "a plan without a worker"
             assert int(plan.num_tokens.sum()) <= self.core.token_budget
@@ -196,17 +253,25 @@ class CoreDriver:
         if self.worker is None:
             self.joined()
         for _ in range(max_turns):
+            self._take_all()
             if not self.turn():
                 break
         assert self.core.is_idle, "the batch stands still with requests in it"
         assert all(request.over for request in self.requests)
         load = self.core.load(7)
-        assert (load.query_id, load.total_blocks, load.free_blocks) == (7, self.facts.num_blocks, self.facts.num_blocks)
-        assert load.held_blocks == load.retiring_blocks == load.cached_blocks == load.kv_tokens == 0
+        assert (load.query_id, load.total_blocks) == (7, self.facts.num_blocks)
+        assert load.free_blocks + load.cached_blocks == load.total_blocks
+        assert load.held_blocks == load.retiring_blocks == load.held_host_blocks == load.kv_tokens == 0
         assert load.running_requests == load.waiting_requests == load.waiting_tokens == 0
         assert self.core.rows.num_free == self.core.rows.max_rows
         if not any(request.gone for request in self.requests):
             assert load.output_tokens == sum(len(request.got) for request in self.requests)
+
+    def _take_all(self) -> None:
+        """Every reader has taken all that came."""
+        behind = [(request, len(request.got)) for request in self._alive() if request.got]
+        if behind:
+            self.credit(*behind)
 
     def next_rows(self) -> dict[str, int]:
         """Makes the next plan: how many tokens each request computes in it, in the plan's order. Nothing: no plan."""
@@ -234,20 +299,23 @@ class CoreDriver:
         assert load.free_blocks + load.held_blocks + load.retiring_blocks + load.cached_blocks == load.total_blocks
         alive = self._alive()
         assert not any(request.doomed for request in alive)
-        assert load.running_requests + load.waiting_requests == len(alive) == core.num_requests
-        assert load.accepted_requests == len(self.requests) and load.refused_requests == self.num_refused
-        assert load.finished_requests + load.cancelled_requests == len(self.requests) - len(alive)
+        num_alive = len({request.request_id for request in alive})
+        assert load.running_requests + load.waiting_requests == num_alive == core.num_requests
+        assert load.accepted_requests == self.num_accepted and load.refused_requests == self.num_refused
+        assert load.finished_requests + load.cancelled_requests == self.num_accepted - num_alive
         assert load.waiting_tokens <= sum(len(request.prompt) for request in alive)
         self._check_retiring()
 
     def _check_retiring(self) -> None:
         """A block that nobody holds is free, unless a plan in flight still names it."""
-        pool = self.core.kv.pool
-        retiring = set(np.flatnonzero((pool.ref_counts == 0) & ~pool._is_free).tolist()) - {0}
+        states = self.core.kv.pool.states()
+        retiring = set((np.flatnonzero(states == 2) + 1).tolist())
         named = self.worker.blocks_in_flight() if self.worker is not None else frozenset()
-        assert retiring <= named, "blocks retire that no plan in flight names"
-        free = set(np.flatnonzero(pool._is_free).tolist())
-        assert not free & named, "a block is free that a plan in flight names"
+        swaps = self.worker is not None and any(len(step.plan.swap_out_blocks) for step in self.worker.unanswered)
+        if not swaps:  # the empty blocks of a table that is swapped out retire with the others
+            assert retiring <= named, "blocks retire that no plan in flight names"
+        available = set((np.flatnonzero((states == 0) | (states == 3)) + 1).tolist())
+        assert not available & named, "a block is available that a plan in flight names"
 
     def _check_no_ended_request_in(self, plan: StepPlan) -> None:
         assert self.worker is not None
@@ -264,8 +332,10 @@ class CoreDriver:
     def _alive(self) -> list[Tracked]:
         return [request for request in self.requests if not request.over]
 
-    def _room(self, max_tokens: int, num_prompt: int) -> int:
-        room = min(self.facts.max_model_len, self.facts.num_blocks * self.facts.block_size + 1) - num_prompt
+    def _room(self, max_tokens: int, num_prompt: int, tenant: str = "") -> int:
+        quotas = {limits.name: limits.max_blocks for limits in self.core.config.tenants}
+        quota = quotas.get(tenant, quotas.get("*", 0)) or self.facts.num_blocks
+        room = min(self.facts.max_model_len, min(quota, self.facts.num_blocks) * self.facts.block_size + 1) - num_prompt
         return min(max_tokens or room, room)
 
     def _count_crashes(self) -> None:
@@ -273,11 +343,15 @@ class CoreDriver:
         if self.worker is None:
             return
         core = self.core
-        for slot in core.rows.in_order().tolist():
-            request = self.requests[core.rows.requests[slot].sequence_id]
-            if not request.over:
+        ran = {self.requests[core.rows.sequence(slot).sequence_id].request_id for slot in core.rows.in_order().tolist()}
+        for request in self._alive():
+            if request.request_id in ran and any(self._runs(sibling) for sibling in request.siblings):
                 request.crashes += 1
                 request.doomed |= request.crashes > core.config.max_crashes
+
+    def _runs(self, request: Tracked) -> bool:
+        order = self.core.rows.in_order().tolist()
+        return not request.over and any(self.core.rows.sequence(slot).sequence_id == request.sequence_id for slot in order)
 
     def _pass_time(self) -> int:
         self.now += self.tick
@@ -317,7 +391,8 @@ class CoreDriver:
             assert end.stop_token_id == stop and (stop >= 0) == (end.reason is EndReason.STOP)
         if end.reason is EndReason.LENGTH:
             assert request.got == request.expected
-        assert bool(end.message) == (end.reason in (EndReason.ERROR, EndReason.UNAVAILABLE))
+        assert bool(end.message) == (end.reason in (EndReason.ERROR, EndReason.UNAVAILABLE, EndReason.DEADLINE))
+        assert request.deadline_ns or end.reason is not EndReason.DEADLINE
         assert stats.prompt_tokens == len(request.prompt)
         assert min(stats.queued_ns, stats.prefill_ns, stats.decode_ns, stats.preempted_ns, stats.block_ns) >= 0
         assert (stats.first_token_ns > 0) == (got > 0)

@@ -38,9 +38,16 @@ GREEDY = SamplingSpec(0.0, 0, 1.0, 0.0, 0)
 
 
 class EngineProcess:
-    """`python -m scheduler engine …` on sockets in a folder of its own."""
+    """`python -m scheduler engine …` on sockets in a folder of its own, where it also leaves what it dumps."""
 
-    def __init__(self, core: CoreConfig | None = None, drain_timeout_s: float = 10.0) -> None:
+    def __init__(
+        self,
+        core: CoreConfig | None = None,
+        drain_timeout_s: float = 10.0,
+        record: Path | None = None,
+        sabotage: str = "",
+    ) -> None:
+        """sabotage: Python that the process runs first, to break something in itself."""
         self._folder = tempfile.TemporaryDirectory(prefix="carousel-test-")
         self.frontends = f"ipc://{self._folder.name}/core"
         self.workers = f"ipc://{self._folder.name}/workers"
@@ -52,10 +59,15 @@ class EngineProcess:
             status_fd=writer,
             drain_timeout_s=drain_timeout_s,
             log_level="info",
+            record=str(record or ""),
+            dump_folder=self._folder.name,
         )
         self.log_path = Path(self._folder.name) / "log"
+        program = ["-m", "scheduler"]
+        if sabotage:
+            program = ["-c", f"{sabotage}\nimport runpy\nrunpy.run_module('scheduler', run_name='__main__', alter_sys=True)"]
         with self.log_path.open("wb") as log:
-            command = [sys.executable, "-m", "scheduler", "engine", msgspec.json.encode(config).decode()]
+            command = [sys.executable, *program, "engine", msgspec.json.encode(config).decode()]
             self.process = subprocess.Popen(command, pass_fds=(writer,), stderr=log)
         os.close(writer)
         self.status = status
@@ -63,6 +75,10 @@ class EngineProcess:
 
     def log(self) -> str:
         return self.log_path.read_text()
+
+    def dumps(self) -> list[Path]:
+        """What it wrote of its last minutes."""
+        return sorted(Path(self._folder.name).glob("*.rec"))
 
     def close(self) -> None:
         self.process.kill()

@@ -1,15 +1,18 @@
-"""A model executor for tests: float32 on the CPU, a pool of a given size, random weights from tests.helpers.checkpoints."""
+"""A model executor for tests: float32 on the CPU, pools of given sizes, random weights from tests.helpers.checkpoints."""
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
+from kvcache.sizing import GIB
 from worker.config import WorkerConfig
 from worker.model_executor import ModelExecutor
 
 
-def model_executor(model_dir: Path, num_blocks: int, block_size: int = 16) -> ModelExecutor:
-    config = WorkerConfig(
+def model_executor(model_dir: Path, num_blocks: int, block_size: int = 16, num_host_blocks: int = 0) -> ModelExecutor:
+    """With host blocks, a swap is said to cost next to nothing: whoever is preempted is swapped."""
+    wished = WorkerConfig(
         connect="ipc:///unused",
         model=str(model_dir),
         device="cpu",
@@ -19,4 +22,11 @@ def model_executor(model_dir: Path, num_blocks: int, block_size: int = 16) -> Mo
         max_batch_rows=64,
         max_step_tokens=512,
     )
-    return ModelExecutor.of(config, model_dir)
+    executor = ModelExecutor.of(wished, model_dir)
+    if num_host_blocks:
+        block_bytes = block_size * executor.facts.kv_bytes_per_token
+        swap_gib = num_host_blocks * block_bytes / GIB
+        executor = ModelExecutor.of(dataclasses.replace(wished, swap_gib=swap_gib), model_dir)
+        assert executor.facts.num_host_blocks == num_host_blocks
+        executor.facts.swap_block_ns = 1
+    return executor

@@ -22,20 +22,30 @@ Script = Callable[[generation_pb2.GenerateRequest, grpc.ServicerContext], Iterat
 WAIT_S = 20.0  # a test that waits this long has failed
 
 
-def delta(text: str, token_offset: int = 0) -> generation_pb2.GenerateResponse:
+def delta(text: str, token_offset: int = 0, output_index: int = 0) -> generation_pb2.GenerateResponse:
     """One token, with this text."""
+    token_ids = [token_offset + 1]
     return generation_pb2.GenerateResponse(
-        delta=generation_pb2.Delta(token_offset=token_offset, token_ids=[token_offset + 1], text=text)
+        delta=generation_pb2.Delta(output_index=output_index, token_offset=token_offset, token_ids=token_ids, text=text)
     )
+
+
+def finished(
+    output_index: int = 0, reason: generation_pb2.FinishReason.ValueType = generation_pb2.FINISH_REASON_LENGTH
+) -> generation_pb2.GenerateResponse:
+    return generation_pb2.GenerateResponse(finished=generation_pb2.Finished(output_index=output_index, reason=reason))
 
 
 def ending(request: generation_pb2.GenerateRequest, output_tokens: int) -> Iterator[generation_pb2.GenerateResponse]:
     """Finished (by length) and Summary."""
-    length = generation_pb2.FINISH_REASON_LENGTH
-    yield generation_pb2.GenerateResponse(finished=generation_pb2.Finished(reason=length))
+    yield finished()
+    yield summary(request, output_tokens)
+
+
+def summary(request: generation_pb2.GenerateRequest, output_tokens: int) -> generation_pb2.GenerateResponse:
     usage = generation_pb2.Usage(prompt_tokens=5, output_tokens=output_tokens)
     timing = generation_pb2.Timing(queued_ns=1_000_000, time_to_first_token_ns=7_000_000, seed=3)
-    yield generation_pb2.GenerateResponse(
+    return generation_pb2.GenerateResponse(
         summary=generation_pb2.Summary(request_id=request.request_id, usage=usage, timing=timing)
     )
 
@@ -75,6 +85,10 @@ def bad_request(field: str, description: str) -> error_details_pb2.BadRequest:
     return error_details_pb2.BadRequest(field_violations=[violation])
 
 
+def error_info(reason: str, **metadata: str) -> error_details_pb2.ErrorInfo:
+    return error_details_pb2.ErrorInfo(reason=reason, domain="carousel.v1", metadata=metadata)
+
+
 def retry_after(seconds: int, nanos: int = 0) -> error_details_pb2.RetryInfo:
     return error_details_pb2.RetryInfo(retry_delay=duration_pb2.Duration(seconds=seconds, nanos=nanos))
 
@@ -89,6 +103,10 @@ class FakeServer(generation_pb2_grpc.GenerationServicer, control_pb2_grpc.Contro
         self.dropped: queue.Queue[str] = queue.Queue()  # ids of streams whose reader went away
         self.cancel_outcome = generation_pb2.CANCEL_OUTCOME_CANCELLED
         self.steps: list[inspect_pb2.WatchStepsResponse] = []
+        self.policy = "continuous"
+        self.alive: list[control_pb2.RequestSummary] = []
+        self.explanations: dict[str, control_pb2.ExplainRequestResponse] = {}  # by request_id
+        self.tables = inspect_pb2.GetBlockTablesResponse()
         self.health = health.HealthServicer()
         options = [("grpc.so_reuseport", 0), ("grpc.max_receive_message_length", 64 << 20)]
         self._server = grpc.server(ThreadPoolExecutor(32), options=options)
@@ -131,13 +149,37 @@ class FakeServer(generation_pb2_grpc.GenerationServicer, control_pb2_grpc.Contro
         return generation_pb2.CancelResponse(outcome=self.cancel_outcome)
 
     def GetServerInfo(self, request, context):
-        return control_pb2.GetServerInfoResponse(version="0", served_model_name="fake", policy="continuous", max_batch_rows=4)
+        return control_pb2.GetServerInfoResponse(version="0", served_model_name="fake", policy=self.policy, max_batch_rows=4)
 
     def GetModelInfo(self, request, context):
         return control_pb2.GetModelInfoResponse(served_model_name="fake", vocab_size=100, max_model_len=512, block_size=16)
 
     def GetLoad(self, request, context):
         return control_pb2.GetLoadResponse(total_blocks=10, free_blocks=10)
+
+    def SetPolicy(self, request, context):
+        if request.policy not in ("continuous", "prefill_first", "static"):
+            context.abort(grpc.StatusCode.INVALID_ARGUMENT, f"policy is not changed: unknown policy {request.policy!r}")
+        self.policy = request.policy
+        return control_pb2.SetPolicyResponse(policy=self.policy)
+
+    def ListRequests(self, request, context):
+        first = int(request.page_token or 0)
+        after = first + request.page_size
+        return control_pb2.ListRequestsResponse(
+            requests=self.alive[first:after],
+            next_page_token=str(after) if after < len(self.alive) else "",
+            total_requests=len(self.alive),
+            now_ns=20_000_000_000,
+        )
+
+    def ExplainRequest(self, request, context):
+        if request.request_id not in self.explanations:
+            context.abort(grpc.StatusCode.NOT_FOUND, f"no request {request.request_id!r} is known")
+        return self.explanations[request.request_id]
+
+    def GetBlockTables(self, request, context):
+        return self.tables
 
     def WatchSteps(self, request, context):
         yield from self.steps

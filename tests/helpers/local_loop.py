@@ -9,6 +9,7 @@ from typing import Protocol
 
 import numpy as np
 
+from kvcache.prefix_index import root
 from scheduler.core import Core, CoreConfig, Output
 from wire import (
     AddHeader,
@@ -61,16 +62,32 @@ class LocalLoop:
 
     def add(self, prompt: Sequence[int], max_tokens: int, sampling: SamplingSpec = GREEDY, priority: int = 2) -> int:
         """Queues a request; returns its handle."""
-        handle = len(self.got)
-        header = AddHeader(handle, f"request-{handle}", self.now, priority, max_tokens, sampling)
+        return self.add_many(prompt, max_tokens, sampling, priority, num_outputs=1)[0]
+
+    def add_many(
+        self,
+        prompt: Sequence[int],
+        max_tokens: int,
+        sampling: SamplingSpec = GREEDY,
+        priority: int = 2,
+        *,
+        num_outputs: int,
+        salt: str | None = None,
+    ) -> list[int]:
+        """A request with several outputs; the handle of each. salt: None keeps it away from the prefix cache."""
+        handles = list(range(len(self.got), len(self.got) + num_outputs))
+        header = AddHeader(handles[0], f"request-{handles[0]}", self.now, priority, max_tokens, sampling, num_outputs)
+        if salt is not None:
+            header.prefix_key = root("model", "", salt)
         refused = self.core.add(AddRequest(header, np.array(prompt, np.int32)), 0, self.now)
         assert refused is None, refused
-        self.got[handle] = Got()
-        return handle
+        self.got.update({handle: Got() for handle in handles})
+        return handles
 
     def step(self) -> None:
         """Plans as deep as the pipeline allows, then computes the oldest plan in flight."""
         self.now += 1
+        self._take_all()
         while (plan := self.core.plan(self.now)) is not None:
             again = decode(encode(plan))
             assert isinstance(again, StepPlan)
@@ -90,6 +107,12 @@ class LocalLoop:
                 return self.got
             self.step()
         raise AssertionError(f"{self.core.num_requests} requests have not ended after {max_steps} steps")
+
+    def _take_all(self) -> None:
+        """Every reader takes what has come."""
+        open_handles = [handle for handle, got in self.got.items() if got.ended is None and got.tokens]
+        counts = [len(self.got[handle].tokens) for handle in open_handles]  # more than there is to take counts as all
+        self.core.credit(0, np.array(open_handles, np.uint32), np.array(counts, np.int32), self.now)
 
     def _deliver(self, result: StepResult | StepFailed) -> None:
         assert isinstance(result, StepResult), result

@@ -7,12 +7,14 @@ import pytest
 from kvcache.sizing import (
     CPU_SHARE,
     DEFAULT_CPU_BYTES,
+    DEFAULT_SWAP_BYTES,
     GIB,
     PoolSize,
     SizingError,
     Wish,
     available_memory,
     bytes_per_token,
+    size_host_pool,
     size_pool,
 )
 
@@ -81,6 +83,22 @@ def test_the_line_says_what_the_blocks_are_worth() -> None:
     assert (
         str(pool(Wish(num_blocks=160))) == "1.0 KiB per token, 160 blocks of 16 = 2,560 tokens in 3 MiB, 1.2 sequences of 2,048"
     )
+
+
+def test_swap_space_is_four_gib_or_a_tenth_of_what_is_available() -> None:
+    assert size_host_pool(1 << 20, 100 * GIB, None) == DEFAULT_SWAP_BYTES >> 20
+    assert size_host_pool(1 << 20, 10 * GIB, None) == 1024
+    assert size_host_pool(1 << 20, 1 << 20, None) == 0
+
+
+def test_swap_space_that_was_asked_for_is_met_or_refused_with_the_numbers() -> None:
+    assert size_host_pool(1 << 20, 100 * GIB, 50 * GIB) == 50 * 1024
+    assert size_host_pool(1 << 20, 0, 0) == 0
+    assert size_host_pool(1000, 10_000, 1999) == 1
+    with pytest.raises(SizingError, match=r"swap space is to have 5\.00 GiB, 2\.00 GiB are available: lower --swap-gib"):
+        size_host_pool(1 << 20, 2 * GIB, 5 * GIB)
+    with pytest.raises(SizingError, match=r"swap space of 1\.0 KiB holds no block, which takes 2\.0 KiB: raise --swap-gib"):
+        size_host_pool(2048, GIB, 1024)
 
 
 # --------------------------------------------------------------------------------------------------------------- the system

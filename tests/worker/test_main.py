@@ -14,7 +14,7 @@ import zmq
 from tests.helpers.checkpoints import make_checkpoint
 from tests.helpers.plans import PlanMaker
 from wire import StepResult, Welcome, WorkerHello, decode, encode
-from worker.config import ConfigError, WorkerConfig
+from worker.config import ConfigError, SimConfig, WorkerConfig
 from worker.main import SUPERVISOR_PID, parse
 
 ROOT = Path(__file__).parents[2]
@@ -121,14 +121,16 @@ def test_options_arrive_in_the_configuration() -> None:
     line = (
         "--connect ipc://x --model m --revision r --device cuda --dtype float16 --max-model-len 100 --block-size 32"
         " --num-blocks 9 --max-batch-rows 3 --max-step-tokens 44 --threads 5 --group 2 --log-level debug"
-        " --sim-base-ns 1 --sim-end-chance 0.5"
+        " --swap-gib 1.5 --sim-base-ns 1 --sim-end-chance 0.5 --sim-swap-block-ns 7 --sim-copy-block-ns 8 --sim-host-blocks 9"
     )
     config, level = parse(line.split())
     assert level == "debug" and config == WorkerConfig(
         connect="ipc://x", model="m", revision="r", device="cuda", dtype="float16", max_model_len=100, block_size=32,
-        num_blocks=9, max_batch_rows=3, max_step_tokens=44, threads=5, group=2, sim=config.sim,
+        num_blocks=9, swap_gib=1.5, max_batch_rows=3, max_step_tokens=44, threads=5, group=2, sim=config.sim,
     )  # fmt: skip
-    assert config.sim.base_ns == 1 and config.sim.end_chance == 0.5
+    assert config.sim.base_ns == 1 and config.sim.end_chance == 0.5 and config.swap_bytes == 3 << 29
+    assert (config.sim.swap_block_ns, config.sim.copy_block_ns, config.sim.host_blocks) == (7, 8, 9)
+    assert parse(["--connect", "ipc://x", "--device", "sim"])[0].swap_bytes is None
     assert parse(["--connect", "ipc://x", "--device", "sim", "--kv-memory-gib", "0.5"])[0].wish.memory_bytes == 1 << 29
 
 
@@ -136,9 +138,11 @@ def test_options_arrive_in_the_configuration() -> None:
     "option, value, part",
     [
         ("connect", "x", "ZeroMQ"), ("max_model_len", 1, "--max-model-len"), ("num_blocks", 0, "--num-blocks"),
-        ("kv_memory_gib", 0.0, "--kv-memory-gib"), ("max_batch_rows", 65_536, "--max-batch-rows"),
-        ("max_step_tokens", 0, "--max-step-tokens"), ("threads", 0, "--threads"), ("group", -1, "--group"),
-        ("dtype", "int8", "--dtype"),
+        ("kv_memory_gib", 0.0, "--kv-memory-gib"), ("kv_memory_gib", float("inf"), "--kv-memory-gib"),
+        ("swap_gib", -0.5, "--swap-gib"), ("swap_gib", float("nan"), "--swap-gib"),
+        ("max_batch_rows", 65_536, "--max-batch-rows"), ("max_step_tokens", 0, "--max-step-tokens"),
+        ("threads", 0, "--threads"), ("group", -1, "--group"),
+        ("dtype", "int8", "--dtype"), ("sim", SimConfig(host_blocks=-1), "--sim-host-blocks"),
     ],
 )  # fmt: skip
 def test_an_impossible_option_is_refused_by_name(option: str, value: object, part: str) -> None:
@@ -152,11 +156,12 @@ def test_number_of_blocks_and_memory_together_are_refused() -> None:
 
 
 def test_a_simulated_worker_takes_its_facts_from_the_options(core: Core) -> None:
-    limits = ("--max-batch-rows", "7", "--max-model-len", "99", "--num-blocks", "50")
-    hello = core.start("--device", "sim", "--group", "3", *limits)
+    limits = ("--max-batch-rows", "7", "--max-model-len", "99", "--num-blocks", "50", "--sim-host-blocks", "30")
+    hello = core.start("--device", "sim", "--group", "3", "--sim-swap-block-ns", "4000", *limits)
     facts = hello.facts
     assert hello.group == 3 and facts.device == "sim" and facts.pid == core.processes[0].pid
     assert (facts.max_batch_rows, facts.max_model_len, facts.num_blocks, facts.vocab_size) == (7, 99, 50, 32_000)
+    assert (facts.num_host_blocks, facts.swap_block_ns) == (30, 4000)
 
 
 def test_a_simulated_worker_takes_its_shape_from_a_model_directory(core: Core, checkpoint: Path) -> None:

@@ -228,6 +228,15 @@ def test_the_length_is_the_models_unless_the_pool_holds_less(checkpoint: Path) -
     assert lowered.max_model_len == 160 and "512 lowered" in lowered.description
 
 
+def test_host_memory_to_swap_to_is_none_on_a_cpu_unless_asked_for(executor, checkpoint: Path) -> None:
+    assert (executor.facts.num_host_blocks, executor.facts.swap_block_ns) == (0, 0)
+    facts = ModelExecutor.of(config(swap_gib=0.001), checkpoint).facts
+    assert facts.num_host_blocks == int(0.001 * 2**30) // (16 * facts.kv_bytes_per_token) and facts.swap_block_ns > 0
+    assert ", 1 MiB of host memory to swap to" in facts.description
+    with pytest.raises(SizingError, match=r"swap space is to have .* are available: lower --swap-gib"):
+        ModelExecutor.of(config(swap_gib=1e6), checkpoint)
+
+
 def test_bfloat16_computes_and_takes_half_the_memory(checkpoint: Path, prompts) -> None:
     executor = ModelExecutor.of(config(dtype="bfloat16"), checkpoint)
     assert executor.facts.kv_bytes_per_token == 2 * 2 * 2 * 16 * 2

@@ -13,7 +13,9 @@ from wire.messages import PlanHeader, SamplingSpec, StepPlan
 from worker.sequences import PlanError, Sequences
 from worker.sim_executor import sim_facts
 
-FACTS = sim_facts(vocab_size=100, max_model_len=40, block_size=4, num_blocks=30, max_batch_rows=5, max_step_tokens=64)
+FACTS = sim_facts(
+    vocab_size=100, max_model_len=40, block_size=4, num_blocks=30, num_host_blocks=10, max_batch_rows=5, max_step_tokens=64
+)
 
 
 def mirror() -> tuple[Sequences, PlanMaker]:
@@ -52,7 +54,7 @@ def test_a_slot_is_taken_again_in_the_plan_that_ends_its_sequence() -> None:
     maker.start(0, [50, 51])
     rows = sequences.apply(maker.plan({0: 2}))
     assert rows.first.tolist() == [0] and sequences.tokens[0, :2].tolist() == [50, 51]
-    assert np.count_nonzero(sequences.block_tables) == 1 and sequences.block_refs.sum() == 1
+    assert np.count_nonzero(sequences.block_tables) == 1 and sequences.blocks.refs.sum() == 1
 
 
 def test_one_plan_appends_several_blocks_to_one_table_in_order() -> None:
@@ -89,7 +91,7 @@ def test_reset_forgets_everything() -> None:
     maker.start(2, range(12), spare_blocks=3)
     sequences.apply(maker.plan())
     sequences.reset()
-    assert not sequences.live.any() and not sequences.block_tables.any() and not sequences.block_refs.any()
+    assert not sequences.live.any() and not sequences.block_tables.any() and not sequences.blocks.refs.any()
     again = PlanMaker(FACTS, epoch=2)
     again.start(2, [9])
     assert sequences.apply(again.plan()).first.tolist() == [0]
@@ -120,24 +122,86 @@ def test_stop_tokens_are_masked_until_min_tokens_are_out() -> None:
     assert masked == [list(many), [], []], "one output token was known, the second was masked, the third is free"
 
 
-def test_a_prefix_that_is_already_computed_may_be_shared_but_not_written() -> None:
+def test_a_prefix_that_is_already_computed_may_be_shared() -> None:
     sequences, maker = mirror()
-    maker.start(0, range(8), spare_blocks=1)
-    sequences.apply(maker.plan({0: 8}))
-    shared = maker.sequences[0].blocks[:1]
-    maker.start(1, range(6), spare_blocks=1)
-    plan = change_start(maker.plan({1: 2}), num_computed_tokens=4)
-    blocks = plan.start_blocks.copy()
-    blocks[:1] = shared
-    rows = sequences.apply(change(plan, start_blocks=blocks))
-    assert rows.first.tolist() == [4]
+    maker.start(0, range(10))
+    sequences.apply(maker.plan())
+    maker.start(1, range(9), prefix_of=0, num_computed=8, spare_blocks=1)
+    rows = sequences.apply(maker.plan({1: 1}))
+    assert rows.first.tolist() == [8] and sequences.num_computed[1] == 9
+    assert sequences.block_tables[0, :2].tolist() == sequences.block_tables[1, :2].tolist()
+    assert sequences.blocks.refs[sequences.block_tables[1, :3]].tolist() == [2, 2, 1]
+    maker.end(0)
+    sequences.apply(maker.plan())
+    assert sequences.blocks.refs[sequences.block_tables[1, :3]].tolist() == [1, 1, 1]
 
+
+def test_a_block_that_two_tables_hold_is_not_written() -> None:
     sequences, maker = mirror()
     maker.start(0, range(8), spare_blocks=1)
     sequences.apply(maker.plan({0: 8}))
-    maker.start(1, range(6), spare_blocks=1)
+    maker.start(1, range(9), prefix_of=0, num_computed=8, spare_blocks=1)
+    plan = maker.plan({1: 5})
     with pytest.raises(PlanError, match="slot 1 writes block 1, which 2 tables hold"):
-        sequences.apply(change(maker.plan({1: 6}), start_blocks=blocks))
+        sequences.apply(change_start(plan, num_computed_tokens=3))
+
+
+def test_after_a_copy_each_table_writes_to_its_own_block() -> None:
+    sequences, maker = mirror()
+    maker.start(0, range(6))
+    sequences.feed(sequences.apply(maker.plan()), np.array([42], np.int32))
+    maker.start(1, range(6), prefix_of=0, num_computed=5, output_index=1)
+    plan = maker.plan()
+    assert plan.copy_from.tolist() == [2] and plan.copy_to.tolist() == [3]
+    rows = sequences.apply(plan)
+    assert rows.first.tolist() == [6, 5] and rows.sampled_slots.tolist() == [0, 1]
+    assert sequences.block_tables[:2, :2].tolist() == [[1, 2], [1, 3]]
+    assert sequences.blocks.filled[1:4].tolist() == [4, 3, 2], "what slot 0 had drawn was copied, and does not count"
+
+
+def test_swapped_blocks_come_back_to_other_places() -> None:
+    sequences, maker = mirror()
+    maker.start(0, range(6))
+    maker.start(1, range(7))
+    rows = sequences.apply(maker.plan())
+    sequences.feed(rows, np.array([40, 41], np.int32))
+    swapped = maker.swap_out(0)
+    sequences.apply(maker.plan({1: 1}))
+    assert sequences.blocks.host_filled.tolist() == [0, 4, 2, *[0] * 8] and not sequences.live[0]
+    maker.start(3, [*range(6), 40], num_prompt_tokens=6, swapped=swapped)
+    rows = sequences.apply(maker.plan({3: 1}))
+    assert rows.first.tolist() == [6] and rows.sampled_slots.tolist() == [3]
+    assert not sequences.blocks.host_filled.any(), "what came back is gone there"
+
+
+def test_one_plan_may_swap_out_to_make_room_for_what_it_swaps_in() -> None:
+    facts = sim_facts(vocab_size=100, max_model_len=40, block_size=4, num_blocks=2, num_host_blocks=4, max_batch_rows=2)
+    sequences, maker = Sequences(facts), PlanMaker(facts)
+    maker.start(0, range(6))
+    sequences.apply(maker.plan())
+    first = maker.swap_out(0)
+    maker.start(1, range(50, 56))
+    sequences.apply(maker.plan())
+    second = maker.swap_out(1)
+    maker.start(0, range(7), num_prompt_tokens=6, swapped=first)
+    assert sequences.apply(maker.plan()).first.tolist() == [6]
+    maker.end(0)
+    maker.start(0, range(50, 57), num_prompt_tokens=6, swapped=second)
+    assert sequences.apply(maker.plan()).first.tolist() == [6]
+
+
+def test_a_block_counts_as_filled_as_far_as_its_last_holder_came() -> None:
+    sequences, maker = mirror()
+    maker.start(0, range(4))
+    sequences.apply(maker.plan())
+    maker.end(0)
+    maker.start(1, range(50, 60))
+    plan = maker.plan({1: 2})
+    assert plan.start_blocks.tolist() == [1], "the block of slot 0 is taken again"
+    sequences.apply(plan)
+    maker.start(2, range(50, 60), prefix_of=1, num_computed=4)
+    with pytest.raises(PlanError, match="in slot 2: 4 of its computed tokens are to be in block 1, which holds 2"):
+        sequences.apply(maker.plan({2: 1}))
 
 
 @pytest.mark.parametrize(
@@ -179,7 +243,10 @@ def test_a_plan_that_does_not_fit_is_refused(what: str, fields: dict[str, object
         ({"slot": 5}, r"slots are 0\.\.4"),
         ({"slot": 0}, "the slot is taken"),
         ({"num_computed_tokens": 7}, "7 of 6 tokens computed"),
+        ({"num_computed_tokens": 6}, "6 of 6 tokens computed; one at least is to be"),
+        ({"num_computed_tokens": -1}, "-1 of 6 tokens computed"),
         ({"num_computed_tokens": 5}, "1 blocks do not hold 5 computed tokens"),
+        ({"num_computed_tokens": 3}, "3 of its computed tokens are to be in block 3, which holds 0"),
         ({"num_prompt_tokens": 7}, "7 of 6 tokens are its prompt"),
         ({"num_tokens": 5}, "do not add up to start_tokens"),
         ({"num_blocks": 2}, "do not add up to start_blocks"),
@@ -260,7 +327,7 @@ def test_plans_add_up_to_what_a_dictionary_would_hold(data: st.DataObject) -> No
             assert sequences.block_tables[slot, : len(table)].tolist() == table
             assert not sequences.block_tables[slot, len(table) :].any()
         held = [block for one in maker.sequences.values() for block in one.blocks]
-        assert np.flatnonzero(sequences.block_refs).tolist() == sorted(held)
+        assert np.flatnonzero(sequences.blocks.refs).tolist() == sorted(held)
 
 
 def test_the_default_sampling_is_greedy() -> None:

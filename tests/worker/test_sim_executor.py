@@ -4,8 +4,10 @@ import dataclasses
 import subprocess
 import sys
 
+import msgspec
 import numpy as np
 
+from tests.helpers.content_executor import undisturbed
 from tests.helpers.plans import PlanMaker
 from wire import SamplingSpec, StepFailed, StepPlan, StepResult, decode, encode
 from worker.sim_executor import Latency, SimExecutor, sim_facts
@@ -97,6 +99,39 @@ def test_a_step_takes_the_time_of_the_formula() -> None:
     assert padded.header.duration_ns == 7_650_000_000
 
 
+def test_blocks_that_are_moved_take_their_time() -> None:
+    facts = msgspec.structs.replace(FACTS, num_host_blocks=20)
+    latency = Latency(per_swapped_block_ns=1_000_000_000, per_copied_block_ns=10_000_000)
+    executor, maker = SimExecutor(facts, latency, sleep=lambda _: None), PlanMaker(facts)
+    maker.start(0, range(10))
+    maker.start(1, range(4))
+    run(executor, maker.plan())
+    maker.start(2, range(10), prefix_of=0, num_computed=9)
+    maker.start(3, range(10), prefix_of=0, num_computed=9)
+    assert run(executor, maker.plan()).header.duration_ns == 20_000_000
+    swapped = maker.swap_out(0)
+    assert run(executor, maker.plan()).header.duration_ns == 3_000_000_000
+    maker.start(0, range(12), swapped=swapped)
+    maker.swap_out(1)
+    assert run(executor, maker.plan()).header.duration_ns == 5_000_000_000, "three come back, two go"
+
+
+def test_a_run_alone_can_be_said_without_any_step() -> None:
+    for seed, index, stops, chance in (
+        (0, 0, (), 0.0),
+        (5, 3, (7, 8, 1000), 0.2),
+        (-1, 1, (9,), 1.0),
+        (2**64 - 1, 0, (3,), 0.1),
+    ):
+        sampling = spec(seed, stops, min_tokens=2)
+        executor, maker = SimExecutor(FACTS, end_chance=chance), PlanMaker(FACTS)
+        maker.start(0, [1, 2, 3], sampling, output_index=index)
+        tokens = [by_slot(run(executor, maker.plan()))[0] for _ in range(30)]
+        said = undisturbed([1, 2, 3], 30, FACTS.vocab_size, sampling, index, chance)
+        assert said == tokens[: len(said)] and (len(said) == 30 or said[-1] in stops)
+        assert chance < 1.0 or len(said) == 3
+
+
 def test_without_latency_it_does_not_sleep() -> None:
     slept: list[float] = []
     executor, maker = SimExecutor(FACTS, sleep=slept.append), PlanMaker(FACTS)
@@ -131,6 +166,7 @@ def test_it_runs_where_importing_torch_raises() -> None:
 import sys
 sys.modules["torch"] = None
 import worker.main, worker.link, worker.sequences, worker.config, kvcache.sizing
+from tests.helpers.content_executor import undisturbed
 from tests.helpers.plans import PlanMaker
 from worker.sim_executor import SimExecutor, sim_facts
 maker = PlanMaker(sim_facts())

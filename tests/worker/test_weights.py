@@ -13,11 +13,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.helpers.checkpoints import make_checkpoint, write_config
+from tests.helpers.paged_model import PagedModel
 from worker.model_config import ModelError
 from worker.models import Model, load_model
 from worker.weights import Checkpoint, CheckpointError
 
-UP = "model.layers.1.mlp.up_proj.weight"
+UP, EMBEDDING = "model.layers.1.mlp.up_proj.weight", "model.embed_tokens.weight"
 
 
 @pytest.fixture(scope="module")
@@ -57,13 +58,12 @@ def edit(folder: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> P
     return folder / "model.safetensors"
 
 
-def same_weights(a: Model, b: Model) -> bool:
-    pairs = zip(a.parameters(), b.parameters(), strict=True)  # type: ignore[attr-defined]
-    return all(x.equal(y) for x, y in pairs)
+def logits(folder: Path) -> torch.Tensor:
+    return PagedModel(folder).prompt(0, list(range(30)))
 
 
 def test_shards_hold_the_same_as_one_file(whole: Path, sharded: Path) -> None:
-    assert same_weights(load(whole), load(sharded))
+    assert logits(whole).equal(logits(sharded))
 
 
 @pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16, torch.float16])
@@ -75,7 +75,11 @@ def test_stored_dtypes_become_the_models(tmp_path: Path, stored: torch.dtype, ta
     tensors = load_file(folder / "model.safetensors")
     with Checkpoint(folder, "cpu", target) as weights:
         assert weights.take(UP, 160, 96).equal(tensors[UP].to(target))
-    assert {parameter.dtype for parameter in model.parameters()} == {target}  # type: ignore[attr-defined]
+        table = weights.table(EMBEDDING, 384, 96)
+    assert table.dtype == (stored if stored.itemsize < target.itemsize else target)  # no wider than it must be
+    assert table.to(target).equal(tensors[EMBEDDING].to(target))
+    assert model.norm.weight.dtype == target  # type: ignore[attr-defined]
+    assert model.embedding(torch.arange(3)).equal(tensors[EMBEDDING][:3].to(target))  # type: ignore[attr-defined]
 
 
 def test_without_a_dtype_the_checkpoints_own_is_taken(tmp_path: Path) -> None:
@@ -83,7 +87,7 @@ def test_without_a_dtype_the_checkpoints_own_is_taken(tmp_path: Path) -> None:
     for entry in (dict(dtype="bfloat16"), dict(dtype=None)):
         write_config(folder, **entry)
         model, _ = load_model(folder, None, "cpu", None)
-        assert next(model.parameters()).dtype == torch.bfloat16  # type: ignore[attr-defined]
+        assert model.norm.weight.dtype == torch.bfloat16  # type: ignore[attr-defined]
 
 
 def test_stacked_tensors_stand_one_below_the_other(whole: Path) -> None:
@@ -96,12 +100,25 @@ def test_stacked_tensors_stand_one_below_the_other(whole: Path) -> None:
 def test_parameters_are_counted_once(tmp_path: Path) -> None:
     tied = load(make_checkpoint(tmp_path / "tied", "llama", tie_word_embeddings=True))
     untied = load(make_checkpoint(tmp_path / "untied", "llama"))
+    stored = load_file(tmp_path / "untied" / "model.safetensors")
+    assert untied.num_parameters == sum(tensor.numel() for tensor in stored.values())
     assert untied.num_parameters - tied.num_parameters == 384 * 96
 
 
 def test_tied_weights_may_be_stored_twice(tmp_path: Path) -> None:
     folder = make_checkpoint(tmp_path, "llama", tie_word_embeddings=True)
     edit(folder, lambda tensors: tensors.update({"lm_head.weight": tensors["model.embed_tokens.weight"].clone()}))
+    assert load(folder)
+
+
+def test_a_narrower_copy_of_tied_weights_is_the_same(tmp_path: Path) -> None:
+    folder = make_checkpoint(tmp_path, "llama", tie_word_embeddings=True)
+
+    def narrow(tensors: dict[str, torch.Tensor]) -> None:
+        tensors["lm_head.weight"] = tensors[EMBEDDING].bfloat16()
+        tensors[EMBEDDING] = tensors["lm_head.weight"].float()
+
+    edit(folder, narrow)
     assert load(folder)
 
 
@@ -114,14 +131,14 @@ def test_tied_weights_that_differ_are_refused(tmp_path: Path) -> None:
 
 def test_names_without_the_base_models_prefix(tmp_path: Path) -> None:
     folder = make_checkpoint(tmp_path, "opt")
-    expected = load(folder)
+    expected = logits(folder)
 
     def strip(tensors: dict[str, torch.Tensor]) -> None:
         for name in list(tensors):
             tensors[name.removeprefix("model.")] = tensors.pop(name)
 
     edit(folder, strip)
-    assert same_weights(load(folder), expected)
+    assert logits(folder).equal(expected)
 
 
 def test_computed_tables_of_old_checkpoints_are_passed_over(whole: Path, tmp_path: Path) -> None:

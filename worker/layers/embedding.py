@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from worker.layers.products import product
 from worker.weights import Weights
 
 
@@ -13,10 +14,11 @@ class Embedding(nn.Module):
 
     def __init__(self, weights: Weights, name: str, count: int, size: int) -> None:
         super().__init__()
-        self.weight = nn.Parameter(weights.take(f"{name}.weight", count, size), requires_grad=False)
+        self.table = nn.Parameter(weights.table(f"{name}.weight", count, size), requires_grad=False)
+        self._dtype = weights.dtype
 
     def forward(self, ids_T: Tensor) -> Tensor:
-        return F.embedding(ids_T, self.weight)
+        return F.embedding(ids_T, self.table).to(self._dtype)
 
 
 class Head(nn.Module):
@@ -24,11 +26,12 @@ class Head(nn.Module):
 
     def __init__(self, weights: Weights, name: str, embedding: Embedding, tied: bool) -> None:
         super().__init__()
-        self.weight = embedding.weight
         if tied:
-            weights.same(f"{name}.weight", embedding.weight)
+            weights.same(f"{name}.weight", embedding.table)
+            weight_VC = embedding.table.detach().to(weights.dtype)
         else:
-            self.weight = nn.Parameter(weights.take(f"{name}.weight", *embedding.weight.shape), requires_grad=False)
+            weight_VC = weights.take(f"{name}.weight", *embedding.table.shape)
+        self._product = product(weight_VC, None, weights.quantization)
 
     def forward(self, x_NC: Tensor) -> Tensor:
-        return F.linear(x_NC, self.weight).float()
+        return self._product(x_NC).float()

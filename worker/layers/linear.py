@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from worker.layers.products import product
 from worker.weights import Weights
 
 
@@ -16,12 +16,9 @@ class Linear(nn.Module):
 
     def __init__(self, weights: Weights, parts: Mapping[str, int], num_inputs: int, bias: bool) -> None:
         super().__init__()
-        named = {f"{name}.weight": rows for name, rows in parts.items()}
-        self.weight = nn.Parameter(weights.stack(named, num_inputs), requires_grad=False)
-        self.bias = None
-        if bias:
-            biases = weights.stack({f"{name}.bias": rows for name, rows in parts.items()})
-            self.bias = nn.Parameter(biases, requires_grad=False)
+        weight_OI = weights.stack({f"{name}.weight": rows for name, rows in parts.items()}, num_inputs)
+        bias_O = weights.stack({f"{name}.bias": rows for name, rows in parts.items()}) if bias else None
+        self._product = product(weight_OI, bias_O, weights.quantization)
 
     def forward(self, x_TI: Tensor) -> Tensor:
-        return F.linear(x_TI, self.weight, self.bias)
+        return self._product(x_TI)

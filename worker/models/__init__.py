@@ -50,14 +50,19 @@ def build(config: ModelConfig, weights: Weights) -> Model:
 
 
 def load_model(
-    model_dir: Path, dtype: torch.dtype | None, device: torch.device | str, max_model_len: int | None
+    model_dir: Path,
+    dtype: torch.dtype | None,
+    device: torch.device | str,
+    max_model_len: int | None,
+    quantization: str = "none",
 ) -> tuple[Model, ModelConfig]:
-    """Reads config.json and the safetensors files of a directory. dtype None: the checkpoint's own.
+    """Reads config.json and the safetensors files of a directory. dtype None: the checkpoint's own. quantization "int8": of
+    the matrices that are multiplied with (layers.products), on a CPU only.
 
     Raises ModelError (ModelConfigError, CheckpointError): one line naming the file and the tensor or setting.
     """
     config = ModelConfig.read(model_dir, max_model_len)
-    with Checkpoint(model_dir, device, dtype or config.dtype) as weights:
+    with Checkpoint(model_dir, device, dtype or config.dtype, quantization) as weights:
         model = build(config, weights)
         weights.check_all_taken()
     return model, config

@@ -27,7 +27,7 @@ class Llama(nn.Module):
         self.norm = RMSNorm(weights, "model.norm", config.hidden_size, config.norm_eps)
         self.head = Head(weights, "lm_head", self.embedding, config.tie_word_embeddings)
         self.rotary = Rotary(config, weights.device)
-        self.num_parameters = sum(parameter.numel() for parameter in self.parameters())
+        self.num_parameters = weights.num_parameters
 
     @torch.inference_mode()
     def forward(

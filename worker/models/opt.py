@@ -37,7 +37,7 @@ class Opt(nn.Module):
         self.layers = nn.ModuleList(Layer(config, weights, f"{name}.layers.{i}") for i in range(config.num_layers))
         self.norm = _norm(config, weights, f"{name}.final_layer_norm") if config.opt.has_final_layer_norm else None
         self.head = Head(weights, "lm_head", self.embedding, config.tie_word_embeddings)
-        self.num_parameters = sum(parameter.numel() for parameter in self.parameters())
+        self.num_parameters = weights.num_parameters
 
     @torch.inference_mode()
     def forward(

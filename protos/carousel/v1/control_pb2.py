@@ -22,29 +22,50 @@ _runtime_version.ValidateProtobufRuntimeVersion(
 _sym_db = _symbol_database.Default()
 
 
+from carousel.v1 import generation_pb2 as carousel_dot_v1_dot_generation__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19\x63\x61rousel/v1/control.proto\x12\x0b\x63\x61rousel.v1\"\x16\n\x14GetServerInfoRequest\"\xf7\x01\n\x15GetServerInfoResponse\x12\x0f\n\x07version\x18\x01 \x01(\t\x12\x19\n\x11served_model_name\x18\x02 \x01(\t\x12\x0e\n\x06policy\x18\x03 \x01(\t\x12\x11\n\tuptime_ns\x18\x04 \x01(\x04\x12\x17\n\x0fmax_step_tokens\x18\x05 \x01(\r\x12\x16\n\x0emax_batch_rows\x18\x06 \x01(\r\x12\x1a\n\x12max_queue_requests\x18\x07 \x01(\r\x12\x18\n\x10max_queue_tokens\x18\x08 \x01(\x04\x12(\n\x07workers\x18\t \x03(\x0b\x32\x17.carousel.v1.WorkerInfo\"\\\n\nWorkerInfo\x12\r\n\x05group\x18\x01 \x01(\r\x12\r\n\x05\x65poch\x18\x02 \x01(\r\x12\x0e\n\x06\x64\x65vice\x18\x03 \x01(\t\x12\x0b\n\x03pid\x18\x04 \x01(\r\x12\x13\n\x0b\x64\x65scription\x18\x05 \x01(\t\"\x15\n\x13GetModelInfoRequest\"\xf4\x01\n\x14GetModelInfoResponse\x12\x19\n\x11served_model_name\x18\x01 \x01(\t\x12\x14\n\x0c\x61rchitecture\x18\x02 \x01(\t\x12\r\n\x05\x64type\x18\x03 \x01(\t\x12\x12\n\nvocab_size\x18\x04 \x01(\r\x12\x15\n\rmax_model_len\x18\x05 \x01(\r\x12\x12\n\nblock_size\x18\x06 \x01(\r\x12\x12\n\nnum_blocks\x18\x07 \x01(\r\x12\x1a\n\x12kv_bytes_per_token\x18\x08 \x01(\x04\x12\x16\n\x0enum_parameters\x18\t \x01(\x04\x12\x15\n\reos_token_ids\x18\n \x03(\r\"\x10\n\x0eGetLoadRequest\"\x99\x03\n\x0fGetLoadResponse\x12\x18\n\x10running_requests\x18\x01 \x01(\r\x12\x18\n\x10waiting_requests\x18\x02 \x01(\r\x12\x16\n\x0ewaiting_tokens\x18\x03 \x01(\x04\x12\x14\n\x0ctotal_blocks\x18\x04 \x01(\r\x12\x13\n\x0b\x66ree_blocks\x18\x05 \x01(\r\x12\x13\n\x0bheld_blocks\x18\x06 \x01(\r\x12\x17\n\x0fretiring_blocks\x18\x07 \x01(\r\x12\x15\n\rcached_blocks\x18\x08 \x01(\r\x12\x11\n\tkv_tokens\x18\t \x01(\x04\x12\x10\n\x08kv_waste\x18\n \x01(\x01\x12\r\n\x05steps\x18\x0b \x01(\x04\x12\x15\n\routput_tokens\x18\x0c \x01(\x04\x12\x19\n\x11\x61\x63\x63\x65pted_requests\x18\r \x01(\x04\x12\x19\n\x11\x66inished_requests\x18\x0e \x01(\x04\x12\x1a\n\x12\x63\x61ncelled_requests\x18\x0f \x01(\x04\x12\x18\n\x10refused_requests\x18\x10 \x01(\x04\x12\x13\n\x0bpreemptions\x18\x11 \x01(\x04\x32\xfc\x01\n\x07\x43ontrol\x12V\n\rGetServerInfo\x12!.carousel.v1.GetServerInfoRequest\x1a\".carousel.v1.GetServerInfoResponse\x12S\n\x0cGetModelInfo\x12 .carousel.v1.GetModelInfoRequest\x1a!.carousel.v1.GetModelInfoResponse\x12\x44\n\x07GetLoad\x12\x1b.carousel.v1.GetLoadRequest\x1a\x1c.carousel.v1.GetLoadResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19\x63\x61rousel/v1/control.proto\x12\x0b\x63\x61rousel.v1\x1a\x1c\x63\x61rousel/v1/generation.proto\"\x16\n\x14GetServerInfoRequest\"\xf7\x01\n\x15GetServerInfoResponse\x12\x0f\n\x07version\x18\x01 \x01(\t\x12\x19\n\x11served_model_name\x18\x02 \x01(\t\x12\x0e\n\x06policy\x18\x03 \x01(\t\x12\x11\n\tuptime_ns\x18\x04 \x01(\x04\x12\x17\n\x0fmax_step_tokens\x18\x05 \x01(\r\x12\x16\n\x0emax_batch_rows\x18\x06 \x01(\r\x12\x1a\n\x12max_queue_requests\x18\x07 \x01(\r\x12\x18\n\x10max_queue_tokens\x18\x08 \x01(\x04\x12(\n\x07workers\x18\t \x03(\x0b\x32\x17.carousel.v1.WorkerInfo\"\\\n\nWorkerInfo\x12\r\n\x05group\x18\x01 \x01(\r\x12\r\n\x05\x65poch\x18\x02 \x01(\r\x12\x0e\n\x06\x64\x65vice\x18\x03 \x01(\t\x12\x0b\n\x03pid\x18\x04 \x01(\r\x12\x13\n\x0b\x64\x65scription\x18\x05 \x01(\t\"\x15\n\x13GetModelInfoRequest\"\xf4\x01\n\x14GetModelInfoResponse\x12\x19\n\x11served_model_name\x18\x01 \x01(\t\x12\x14\n\x0c\x61rchitecture\x18\x02 \x01(\t\x12\r\n\x05\x64type\x18\x03 \x01(\t\x12\x12\n\nvocab_size\x18\x04 \x01(\r\x12\x15\n\rmax_model_len\x18\x05 \x01(\r\x12\x12\n\nblock_size\x18\x06 \x01(\r\x12\x12\n\nnum_blocks\x18\x07 \x01(\r\x12\x1a\n\x12kv_bytes_per_token\x18\x08 \x01(\x04\x12\x16\n\x0enum_parameters\x18\t \x01(\x04\x12\x15\n\reos_token_ids\x18\n \x03(\r\"\x10\n\x0eGetLoadRequest\"\x94\x04\n\x0fGetLoadResponse\x12\x18\n\x10running_requests\x18\x01 \x01(\r\x12\x18\n\x10waiting_requests\x18\x02 \x01(\r\x12\x16\n\x0ewaiting_tokens\x18\x03 \x01(\x04\x12\x14\n\x0ctotal_blocks\x18\x04 \x01(\r\x12\x13\n\x0b\x66ree_blocks\x18\x05 \x01(\r\x12\x13\n\x0bheld_blocks\x18\x06 \x01(\r\x12\x17\n\x0fretiring_blocks\x18\x07 \x01(\r\x12\x15\n\rcached_blocks\x18\x08 \x01(\r\x12\x11\n\tkv_tokens\x18\t \x01(\x04\x12\x10\n\x08kv_waste\x18\n \x01(\x01\x12\r\n\x05steps\x18\x0b \x01(\x04\x12\x15\n\routput_tokens\x18\x0c \x01(\x04\x12\x19\n\x11\x61\x63\x63\x65pted_requests\x18\r \x01(\x04\x12\x19\n\x11\x66inished_requests\x18\x0e \x01(\x04\x12\x1a\n\x12\x63\x61ncelled_requests\x18\x0f \x01(\x04\x12\x18\n\x10refused_requests\x18\x10 \x01(\x04\x12\x13\n\x0bpreemptions\x18\x11 \x01(\x04\x12\x19\n\x11recomputed_tokens\x18\x12 \x01(\x04\x12\x15\n\rcached_tokens\x18\x13 \x01(\x04\x12\x15\n\rprompt_tokens\x18\x14 \x01(\x04\x12\x18\n\x10held_host_blocks\x18\x15 \x01(\r\x12\x16\n\x0eswapped_blocks\x18\x16 \x01(\x04\"O\n\x13ListRequestsRequest\x12\x16\n\tpage_size\x18\x01 \x01(\rH\x00\x88\x01\x01\x12\x12\n\npage_token\x18\x02 \x01(\tB\x0c\n\n_page_size\"\x86\x01\n\x14ListRequestsResponse\x12-\n\x08requests\x18\x01 \x03(\x0b\x32\x1b.carousel.v1.RequestSummary\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\x12\x16\n\x0etotal_requests\x18\x03 \x01(\r\x12\x0e\n\x06now_ns\x18\x04 \x01(\x04\"\xf8\x01\n\x0eRequestSummary\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12(\n\x05state\x18\x02 \x01(\x0e\x32\x19.carousel.v1.RequestState\x12\x0e\n\x06tenant\x18\x03 \x01(\t\x12,\n\x08priority\x18\x04 \x01(\x0e\x32\x1a.carousel.v1.PriorityClass\x12\x12\n\narrival_ns\x18\x05 \x01(\x04\x12\x15\n\rprompt_tokens\x18\x06 \x01(\r\x12\x15\n\routput_tokens\x18\x07 \x01(\r\x12\x13\n\x0bnum_outputs\x18\x08 \x01(\r\x12\x13\n\x0bheld_blocks\x18\t \x01(\r\"+\n\x15\x45xplainRequestRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\"\x88\x05\n\x16\x45xplainRequestResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12(\n\x05state\x18\x02 \x01(\x0e\x32\x19.carousel.v1.RequestState\x12\x0e\n\x06tenant\x18\x03 \x01(\t\x12,\n\x08priority\x18\x04 \x01(\x0e\x32\x1a.carousel.v1.PriorityClass\x12\x0e\n\x06now_ns\x18\x05 \x01(\x04\x12\x12\n\narrival_ns\x18\x06 \x01(\x04\x12)\n\thindrance\x18\x07 \x01(\x0e\x32\x16.carousel.v1.Hindrance\x12\x0c\n\x04rank\x18\x08 \x01(\r\x12\x14\n\x0cmissing_rows\x18\t \x01(\r\x12\x16\n\x0emissing_blocks\x18\n \x01(\r\x12\x15\n\rneeded_blocks\x18\x0b \x01(\r\x12\x15\n\rtenant_tokens\x18\x0c \x01(\x04\x12\x1b\n\x13least_tenant_tokens\x18\r \x01(\x04\x12\x1f\n\x12predicted_start_ns\x18\x0e \x01(\x04H\x00\x88\x01\x01\x12\x17\n\x0f\x63omputed_tokens\x18\x0f \x01(\r\x12,\n\x0bpreemptions\x18\x10 \x03(\x0b\x32\x17.carousel.v1.Preemption\x12!\n\x05usage\x18\x11 \x01(\x0b\x32\x12.carousel.v1.Usage\x12#\n\x06timing\x18\x12 \x01(\x0b\x32\x13.carousel.v1.Timing\x12\x35\n\rfinish_reason\x18\x13 \x01(\x0e\x32\x19.carousel.v1.FinishReasonH\x01\x88\x01\x01\x12\x0c\n\x04text\x18\x14 \x01(\tB\x15\n\x13_predicted_start_nsB\x10\n\x0e_finish_reason\"X\n\nPreemption\x12\r\n\x05\x61t_ns\x18\x01 \x01(\x04\x12\x15\n\rby_request_id\x18\x02 \x01(\t\x12\x13\n\x0blost_tokens\x18\x03 \x01(\r\x12\x0f\n\x07swapped\x18\x04 \x01(\x08\"\"\n\x10SetPolicyRequest\x12\x0e\n\x06policy\x18\x01 \x01(\t\"#\n\x11SetPolicyResponse\x12\x0e\n\x06policy\x18\x01 \x01(\t*\x99\x01\n\x0cRequestState\x12\x1d\n\x19REQUEST_STATE_UNSPECIFIED\x10\x00\x12\x19\n\x15REQUEST_STATE_WAITING\x10\x01\x12\x19\n\x15REQUEST_STATE_RUNNING\x10\x02\x12\x1b\n\x17REQUEST_STATE_PREEMPTED\x10\x03\x12\x17\n\x13REQUEST_STATE_ENDED\x10\x04*\xe7\x01\n\tHindrance\x12\x19\n\x15HINDRANCE_UNSPECIFIED\x10\x00\x12\x12\n\x0eHINDRANCE_NONE\x10\x01\x12\x13\n\x0fHINDRANCE_ORDER\x10\x02\x12\x12\n\x0eHINDRANCE_ROWS\x10\x03\x12\x14\n\x10HINDRANCE_BLOCKS\x10\x04\x12\x13\n\x0fHINDRANCE_QUOTA\x10\x05\x12\x14\n\x10HINDRANCE_READER\x10\x06\x12\x15\n\x11HINDRANCE_SIBLING\x10\x07\x12\x14\n\x10HINDRANCE_WORKER\x10\x08\x12\x14\n\x10HINDRANCE_POLICY\x10\t2\xf8\x03\n\x07\x43ontrol\x12V\n\rGetServerInfo\x12!.carousel.v1.GetServerInfoRequest\x1a\".carousel.v1.GetServerInfoResponse\x12S\n\x0cGetModelInfo\x12 .carousel.v1.GetModelInfoRequest\x1a!.carousel.v1.GetModelInfoResponse\x12\x44\n\x07GetLoad\x12\x1b.carousel.v1.GetLoadRequest\x1a\x1c.carousel.v1.GetLoadResponse\x12S\n\x0cListRequests\x12 .carousel.v1.ListRequestsRequest\x1a!.carousel.v1.ListRequestsResponse\x12Y\n\x0e\x45xplainRequest\x12\".carousel.v1.ExplainRequestRequest\x1a#.carousel.v1.ExplainRequestResponse\x12J\n\tSetPolicy\x12\x1d.carousel.v1.SetPolicyRequest\x1a\x1e.carousel.v1.SetPolicyResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'carousel.v1.control_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_GETSERVERINFOREQUEST']._serialized_start=42
-  _globals['_GETSERVERINFOREQUEST']._serialized_end=64
-  _globals['_GETSERVERINFORESPONSE']._serialized_start=67
-  _globals['_GETSERVERINFORESPONSE']._serialized_end=314
-  _globals['_WORKERINFO']._serialized_start=316
-  _globals['_WORKERINFO']._serialized_end=408
-  _globals['_GETMODELINFOREQUEST']._serialized_start=410
-  _globals['_GETMODELINFOREQUEST']._serialized_end=431
-  _globals['_GETMODELINFORESPONSE']._serialized_start=434
-  _globals['_GETMODELINFORESPONSE']._serialized_end=678
-  _globals['_GETLOADREQUEST']._serialized_start=680
-  _globals['_GETLOADREQUEST']._serialized_end=696
-  _globals['_GETLOADRESPONSE']._serialized_start=699
-  _globals['_GETLOADRESPONSE']._serialized_end=1108
-  _globals['_CONTROL']._serialized_start=1111
-  _globals['_CONTROL']._serialized_end=1363
+  _globals['_REQUESTSTATE']._serialized_start=2592
+  _globals['_REQUESTSTATE']._serialized_end=2745
+  _globals['_HINDRANCE']._serialized_start=2748
+  _globals['_HINDRANCE']._serialized_end=2979
+  _globals['_GETSERVERINFOREQUEST']._serialized_start=72
+  _globals['_GETSERVERINFOREQUEST']._serialized_end=94
+  _globals['_GETSERVERINFORESPONSE']._serialized_start=97
+  _globals['_GETSERVERINFORESPONSE']._serialized_end=344
+  _globals['_WORKERINFO']._serialized_start=346
+  _globals['_WORKERINFO']._serialized_end=438
+  _globals['_GETMODELINFOREQUEST']._serialized_start=440
+  _globals['_GETMODELINFOREQUEST']._serialized_end=461
+  _globals['_GETMODELINFORESPONSE']._serialized_start=464
+  _globals['_GETMODELINFORESPONSE']._serialized_end=708
+  _globals['_GETLOADREQUEST']._serialized_start=710
+  _globals['_GETLOADREQUEST']._serialized_end=726
+  _globals['_GETLOADRESPONSE']._serialized_start=729
+  _globals['_GETLOADRESPONSE']._serialized_end=1261
+  _globals['_LISTREQUESTSREQUEST']._serialized_start=1263
+  _globals['_LISTREQUESTSREQUEST']._serialized_end=1342
+  _globals['_LISTREQUESTSRESPONSE']._serialized_start=1345
+  _globals['_LISTREQUESTSRESPONSE']._serialized_end=1479
+  _globals['_REQUESTSUMMARY']._serialized_start=1482
+  _globals['_REQUESTSUMMARY']._serialized_end=1730
+  _globals['_EXPLAINREQUESTREQUEST']._serialized_start=1732
+  _globals['_EXPLAINREQUESTREQUEST']._serialized_end=1775
+  _globals['_EXPLAINREQUESTRESPONSE']._serialized_start=1778
+  _globals['_EXPLAINREQUESTRESPONSE']._serialized_end=2426
+  _globals['_PREEMPTION']._serialized_start=2428
+  _globals['_PREEMPTION']._serialized_end=2516
+  _globals['_SETPOLICYREQUEST']._serialized_start=2518
+  _globals['_SETPOLICYREQUEST']._serialized_end=2552
+  _globals['_SETPOLICYRESPONSE']._serialized_start=2554
+  _globals['_SETPOLICYRESPONSE']._serialized_end=2589
+  _globals['_CONTROL']._serialized_start=2982
+  _globals['_CONTROL']._serialized_end=3486
 # @@protoc_insertion_point(module_scope)

@@ -49,6 +49,21 @@ class ControlStub:
                 request_serializer=carousel_dot_v1_dot_control__pb2.GetLoadRequest.SerializeToString,
                 response_deserializer=carousel_dot_v1_dot_control__pb2.GetLoadResponse.FromString,
                 _registered_method=True)
+        self.ListRequests = channel.unary_unary(
+                '/carousel.v1.Control/ListRequests',
+                request_serializer=carousel_dot_v1_dot_control__pb2.ListRequestsRequest.SerializeToString,
+                response_deserializer=carousel_dot_v1_dot_control__pb2.ListRequestsResponse.FromString,
+                _registered_method=True)
+        self.ExplainRequest = channel.unary_unary(
+                '/carousel.v1.Control/ExplainRequest',
+                request_serializer=carousel_dot_v1_dot_control__pb2.ExplainRequestRequest.SerializeToString,
+                response_deserializer=carousel_dot_v1_dot_control__pb2.ExplainRequestResponse.FromString,
+                _registered_method=True)
+        self.SetPolicy = channel.unary_unary(
+                '/carousel.v1.Control/SetPolicy',
+                request_serializer=carousel_dot_v1_dot_control__pb2.SetPolicyRequest.SerializeToString,
+                response_deserializer=carousel_dot_v1_dot_control__pb2.SetPolicyResponse.FromString,
+                _registered_method=True)
 
 
 class ControlServicer:
@@ -75,6 +90,27 @@ class ControlServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ListRequests(self, request, context):
+        """The requests that are alive, by arrival, page by page.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ExplainRequest(self, request, context):
+        """Why a request waits, or where its time went. NOT_FOUND: never heard of, or ended too long ago.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def SetPolicy(self, request, context):
+        """Another scheduling policy from the next step on; no request is lost. INVALID_ARGUMENT: there is no such policy.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_ControlServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -92,6 +128,21 @@ def add_ControlServicer_to_server(servicer, server):
                     servicer.GetLoad,
                     request_deserializer=carousel_dot_v1_dot_control__pb2.GetLoadRequest.FromString,
                     response_serializer=carousel_dot_v1_dot_control__pb2.GetLoadResponse.SerializeToString,
+            ),
+            'ListRequests': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListRequests,
+                    request_deserializer=carousel_dot_v1_dot_control__pb2.ListRequestsRequest.FromString,
+                    response_serializer=carousel_dot_v1_dot_control__pb2.ListRequestsResponse.SerializeToString,
+            ),
+            'ExplainRequest': grpc.unary_unary_rpc_method_handler(
+                    servicer.ExplainRequest,
+                    request_deserializer=carousel_dot_v1_dot_control__pb2.ExplainRequestRequest.FromString,
+                    response_serializer=carousel_dot_v1_dot_control__pb2.ExplainRequestResponse.SerializeToString,
+            ),
+            'SetPolicy': grpc.unary_unary_rpc_method_handler(
+                    servicer.SetPolicy,
+                    request_deserializer=carousel_dot_v1_dot_control__pb2.SetPolicyRequest.FromString,
+                    response_serializer=carousel_dot_v1_dot_control__pb2.SetPolicyResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -175,6 +226,87 @@ class Control:
             '/carousel.v1.Control/GetLoad',
             carousel_dot_v1_dot_control__pb2.GetLoadRequest.SerializeToString,
             carousel_dot_v1_dot_control__pb2.GetLoadResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListRequests(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/carousel.v1.Control/ListRequests',
+            carousel_dot_v1_dot_control__pb2.ListRequestsRequest.SerializeToString,
+            carousel_dot_v1_dot_control__pb2.ListRequestsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ExplainRequest(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/carousel.v1.Control/ExplainRequest',
+            carousel_dot_v1_dot_control__pb2.ExplainRequestRequest.SerializeToString,
+            carousel_dot_v1_dot_control__pb2.ExplainRequestResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def SetPolicy(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/carousel.v1.Control/SetPolicy',
+            carousel_dot_v1_dot_control__pb2.SetPolicyRequest.SerializeToString,
+            carousel_dot_v1_dot_control__pb2.SetPolicyResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -60,18 +60,18 @@ class _OnTimeoutEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_OnTimeout.V
     ON_TIMEOUT_UNSPECIFIED: _OnTimeout.ValueType  # 0
     """The default: FAIL."""
     ON_TIMEOUT_RETURN_PARTIAL: _OnTimeout.ValueType  # 1
-    """End with the tokens so far, reason DEADLINE."""
+    """End with the tokens so far, reason DEADLINE and status OK, a margin before that (50 ms, at most a tenth of it)."""
     ON_TIMEOUT_FAIL: _OnTimeout.ValueType  # 2
-    """End with the status DEADLINE_EXCEEDED."""
+    """End with the status DEADLINE_EXCEEDED; tokens so far were already sent."""
 
 class OnTimeout(_OnTimeout, metaclass=_OnTimeoutEnumTypeWrapper): ...
 
 ON_TIMEOUT_UNSPECIFIED: OnTimeout.ValueType  # 0
 """The default: FAIL."""
 ON_TIMEOUT_RETURN_PARTIAL: OnTimeout.ValueType  # 1
-"""End with the tokens so far, reason DEADLINE."""
+"""End with the tokens so far, reason DEADLINE and status OK, a margin before that (50 ms, at most a tenth of it)."""
 ON_TIMEOUT_FAIL: OnTimeout.ValueType  # 2
-"""End with the status DEADLINE_EXCEEDED."""
+"""End with the status DEADLINE_EXCEEDED; tokens so far were already sent."""
 Global___OnTimeout: _TypeAlias = OnTimeout  # noqa: Y015
 
 class _FinishReason:
@@ -270,7 +270,7 @@ class SamplingParams(_message.Message):
     seed: _builtins.int
     """Keys the random stream together with output index and position: the same seed gives the same draws. Default: random."""
     num_outputs: _builtins.int
-    """Outputs wanted for this prompt (n); 1 or more. Default 1."""
+    """Outputs wanted for this prompt (n); 1 to 64. They share the prompt's blocks; each has its own deltas. Default 1."""
     @_builtins.property
     def logit_bias(self) -> _containers.ScalarMap[_builtins.int, _builtins.float]:
         """Added to the logits by token id; each in [-100, 100]."""
@@ -448,18 +448,23 @@ class SchedulingParams(_message.Message):
     ON_TIMEOUT_FIELD_NUMBER: _builtins.int
     CACHE_SALT_FIELD_NUMBER: _builtins.int
     RESUME_WINDOW_MS_FIELD_NUMBER: _builtins.int
+    WHOLE_BY_DEADLINE_FIELD_NUMBER: _builtins.int
     priority: Global___PriorityClass.ValueType
     """Class of the request. Default NORMAL."""
     tenant: _builtins.str
-    """Whose share this counts against; 1 to 128 characters. Default: the token's tenant, else one shared by all."""
+    """Whose share this counts against; 1 to 128 printable characters. Default: one shared by all who name none."""
     max_time_ms: _builtins.int
-    """Most milliseconds from arrival to the last token; 1 or more. Default: the gRPC deadline."""
+    """Most milliseconds from arrival to the last token; 1 or more. Default: the gRPC deadline; the sooner counts."""
     on_timeout: Global___OnTimeout.ValueType
-    """What happens when that time is over."""
+    """What happens when that time is over. Default FAIL."""
     cache_salt: _builtins.str
-    """Keys the prefix cache: requests share blocks only with the same salt. Default: none (with authentication: the tenant)."""
+    """Keys the prefix cache: requests share blocks only with the same salt; at most 256 characters. Default: none."""
     resume_window_ms: _builtins.int
     """Milliseconds that the request goes on after its stream dropped, to be attached again. Default 0: a drop cancels."""
+    whole_by_deadline: _builtins.bool
+    """Refuse at once what can't have all its max_tokens in time, not only its first one.
+    Default: true with FAIL where the length is known (ignore_eos, max_tokens, nothing to stop at), else false.
+    """
     def __init__(
         self,
         *,
@@ -469,10 +474,11 @@ class SchedulingParams(_message.Message):
         on_timeout: Global___OnTimeout.ValueType = ...,
         cache_salt: _builtins.str | None = ...,
         resume_window_ms: _builtins.int | None = ...,
+        whole_by_deadline: _builtins.bool | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_cache_salt", b"_cache_salt", "_max_time_ms", b"_max_time_ms", "_resume_window_ms", b"_resume_window_ms", "_tenant", b"_tenant", "cache_salt", b"cache_salt", "max_time_ms", b"max_time_ms", "resume_window_ms", b"resume_window_ms", "tenant", b"tenant"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_cache_salt", b"_cache_salt", "_max_time_ms", b"_max_time_ms", "_resume_window_ms", b"_resume_window_ms", "_tenant", b"_tenant", "_whole_by_deadline", b"_whole_by_deadline", "cache_salt", b"cache_salt", "max_time_ms", b"max_time_ms", "resume_window_ms", b"resume_window_ms", "tenant", b"tenant", "whole_by_deadline", b"whole_by_deadline"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_cache_salt", b"_cache_salt", "_max_time_ms", b"_max_time_ms", "_resume_window_ms", b"_resume_window_ms", "_tenant", b"_tenant", "cache_salt", b"cache_salt", "max_time_ms", b"max_time_ms", "on_timeout", b"on_timeout", "priority", b"priority", "resume_window_ms", b"resume_window_ms", "tenant", b"tenant"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_cache_salt", b"_cache_salt", "_max_time_ms", b"_max_time_ms", "_resume_window_ms", b"_resume_window_ms", "_tenant", b"_tenant", "_whole_by_deadline", b"_whole_by_deadline", "cache_salt", b"cache_salt", "max_time_ms", b"max_time_ms", "on_timeout", b"on_timeout", "priority", b"priority", "resume_window_ms", b"resume_window_ms", "tenant", b"tenant", "whole_by_deadline", b"whole_by_deadline"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__cache_salt: _TypeAlias = _typing.Literal["cache_salt"]  # noqa: Y015
     _WhichOneofArgType__cache_salt: _TypeAlias = _typing.Literal["_cache_salt", b"_cache_salt"]  # noqa: Y015
@@ -482,6 +488,8 @@ class SchedulingParams(_message.Message):
     _WhichOneofArgType__resume_window_ms: _TypeAlias = _typing.Literal["_resume_window_ms", b"_resume_window_ms"]  # noqa: Y015
     _WhichOneofReturnType__tenant: _TypeAlias = _typing.Literal["tenant"]  # noqa: Y015
     _WhichOneofArgType__tenant: _TypeAlias = _typing.Literal["_tenant", b"_tenant"]  # noqa: Y015
+    _WhichOneofReturnType__whole_by_deadline: _TypeAlias = _typing.Literal["whole_by_deadline"]  # noqa: Y015
+    _WhichOneofArgType__whole_by_deadline: _TypeAlias = _typing.Literal["_whole_by_deadline", b"_whole_by_deadline"]  # noqa: Y015
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__cache_salt) -> _WhichOneofReturnType__cache_salt | None: ...
     @_typing.overload
@@ -490,6 +498,8 @@ class SchedulingParams(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType__resume_window_ms) -> _WhichOneofReturnType__resume_window_ms | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__tenant) -> _WhichOneofReturnType__tenant | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__whole_by_deadline) -> _WhichOneofReturnType__whole_by_deadline | None: ...
 
 Global___SchedulingParams: _TypeAlias = SchedulingParams  # noqa: Y015
 
@@ -725,13 +735,13 @@ class Usage(_message.Message):
     RECOMPUTED_TOKENS_FIELD_NUMBER: _builtins.int
     ACCEPTED_TOKENS_FIELD_NUMBER: _builtins.int
     prompt_tokens: _builtins.int
-    """Tokens of the prompt, special tokens included."""
+    """Tokens of the prompt, special tokens included; counted once, however many outputs there are."""
     cached_tokens: _builtins.int
     """Of these, taken from the prefix cache."""
     output_tokens: _builtins.int
     """Tokens of all outputs, the end token included."""
     recomputed_tokens: _builtins.int
-    """Tokens computed again after preemption or a worker's death."""
+    """Tokens computed again after preemption or a worker's death, of all outputs."""
     accepted_tokens: _builtins.int
     """Tokens accepted from speculation."""
     def __init__(
@@ -753,6 +763,8 @@ Global___Usage: _TypeAlias = Usage  # noqa: Y015
 
 @_typing.final
 class Timing(_message.Message):
+    """Of several outputs: preemptions and block_seconds of all of them, times of output 0."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     QUEUED_NS_FIELD_NUMBER: _builtins.int

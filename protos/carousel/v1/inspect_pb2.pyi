@@ -7,6 +7,7 @@ from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
 from google.protobuf.internal import containers as _containers
+from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 import builtins as _builtins
 import sys
 import typing as _typing
@@ -17,6 +18,37 @@ else:
     from typing_extensions import TypeAlias as _TypeAlias, Never as _Never
 
 DESCRIPTOR: _descriptor.FileDescriptor
+
+class _BlockState:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _BlockStateEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_BlockState.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    BLOCK_STATE_UNSPECIFIED: _BlockState.ValueType  # 0
+    """Never sent."""
+    BLOCK_STATE_FREE: _BlockState.ValueType  # 1
+    """Free to be taken."""
+    BLOCK_STATE_HELD: _BlockState.ValueType  # 2
+    """Held by one table or more."""
+    BLOCK_STATE_RETIRING: _BlockState.ValueType  # 3
+    """Given back, still named by a plan in flight."""
+    BLOCK_STATE_CACHED: _BlockState.ValueType  # 4
+    """Kept for the prefix cache, free to be evicted."""
+
+class BlockState(_BlockState, metaclass=_BlockStateEnumTypeWrapper): ...
+
+BLOCK_STATE_UNSPECIFIED: BlockState.ValueType  # 0
+"""Never sent."""
+BLOCK_STATE_FREE: BlockState.ValueType  # 1
+"""Free to be taken."""
+BLOCK_STATE_HELD: BlockState.ValueType  # 2
+"""Held by one table or more."""
+BLOCK_STATE_RETIRING: BlockState.ValueType  # 3
+"""Given back, still named by a plan in flight."""
+BLOCK_STATE_CACHED: BlockState.ValueType  # 4
+"""Kept for the prefix cache, free to be evicted."""
+Global___BlockState: _TypeAlias = BlockState  # noqa: Y015
 
 @_typing.final
 class WatchStepsRequest(_message.Message):
@@ -48,6 +80,13 @@ class WatchStepsResponse(_message.Message):
     KV_TOKENS_FIELD_NUMBER: _builtins.int
     WAITING_REQUESTS_FIELD_NUMBER: _builtins.int
     SKIPPED_STEPS_FIELD_NUMBER: _builtins.int
+    CACHED_BLOCKS_FIELD_NUMBER: _builtins.int
+    FREE_BLOCKS_FIELD_NUMBER: _builtins.int
+    TOKEN_BUDGET_FIELD_NUMBER: _builtins.int
+    COPIED_BLOCKS_FIELD_NUMBER: _builtins.int
+    SWAPPED_OUT_BLOCKS_FIELD_NUMBER: _builtins.int
+    SWAPPED_IN_BLOCKS_FIELD_NUMBER: _builtins.int
+    POLICY_FIELD_NUMBER: _builtins.int
     step_id: _builtins.int
     """Counts up by one."""
     group: _builtins.int
@@ -66,6 +105,20 @@ class WatchStepsResponse(_message.Message):
     """Requests that waited when the step was planned."""
     skipped_steps: _builtins.int
     """Steps left out before this one because the reader was slow."""
+    cached_blocks: _builtins.int
+    """Blocks kept for the prefix cache when the step was planned, free to be evicted."""
+    free_blocks: _builtins.int
+    """Blocks free to be taken when the step was planned."""
+    token_budget: _builtins.int
+    """Most tokens that the step might have computed."""
+    copied_blocks: _builtins.int
+    """Blocks copied before the step because an output was about to write to a shared one."""
+    swapped_out_blocks: _builtins.int
+    """Blocks copied to host memory before the step."""
+    swapped_in_blocks: _builtins.int
+    """Blocks copied back from host memory before the step."""
+    policy: _builtins.str
+    """Policy that planned the step: continuous, prefill_first or static."""
     @_builtins.property
     def rows(self) -> _containers.RepeatedCompositeFieldContainer[Global___StepRow]:
         """The rows of the batch in this step."""
@@ -88,10 +141,17 @@ class WatchStepsResponse(_message.Message):
         kv_tokens: _builtins.int = ...,
         waiting_requests: _builtins.int = ...,
         skipped_steps: _builtins.int = ...,
+        cached_blocks: _builtins.int = ...,
+        free_blocks: _builtins.int = ...,
+        token_budget: _builtins.int = ...,
+        copied_blocks: _builtins.int = ...,
+        swapped_out_blocks: _builtins.int = ...,
+        swapped_in_blocks: _builtins.int = ...,
+        policy: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["duration_ns", b"duration_ns", "group", b"group", "held_blocks", b"held_blocks", "kv_tokens", b"kv_tokens", "leaves", b"leaves", "planned_ns", b"planned_ns", "rows", b"rows", "skipped_steps", b"skipped_steps", "step_id", b"step_id", "total_blocks", b"total_blocks", "waiting_requests", b"waiting_requests"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cached_blocks", b"cached_blocks", "copied_blocks", b"copied_blocks", "duration_ns", b"duration_ns", "free_blocks", b"free_blocks", "group", b"group", "held_blocks", b"held_blocks", "kv_tokens", b"kv_tokens", "leaves", b"leaves", "planned_ns", b"planned_ns", "policy", b"policy", "rows", b"rows", "skipped_steps", b"skipped_steps", "step_id", b"step_id", "swapped_in_blocks", b"swapped_in_blocks", "swapped_out_blocks", b"swapped_out_blocks", "token_budget", b"token_budget", "total_blocks", b"total_blocks", "waiting_requests", b"waiting_requests"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -107,6 +167,9 @@ class StepRow(_message.Message):
     SAMPLED_FIELD_NUMBER: _builtins.int
     JOINED_FIELD_NUMBER: _builtins.int
     PADDING_FIELD_NUMBER: _builtins.int
+    OUTPUT_INDEX_FIELD_NUMBER: _builtins.int
+    TENANT_FIELD_NUMBER: _builtins.int
+    CACHED_TOKENS_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """The request that held the row."""
     slot: _builtins.int
@@ -119,6 +182,12 @@ class StepRow(_message.Message):
     """First step of this stay in the batch."""
     padding: _builtins.bool
     """The row belongs to a request that has ended: static batching computes it as padding."""
+    output_index: _builtins.int
+    """Which output of the request, from 0."""
+    tenant: _builtins.str
+    """Whose share the request counts against; empty: it named nobody."""
+    cached_tokens: _builtins.int
+    """Tokens taken from the prefix cache when it joined in this step; else 0."""
     def __init__(
         self,
         *,
@@ -128,10 +197,13 @@ class StepRow(_message.Message):
         sampled: _builtins.bool = ...,
         joined: _builtins.bool = ...,
         padding: _builtins.bool = ...,
+        output_index: _builtins.int = ...,
+        tenant: _builtins.str = ...,
+        cached_tokens: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["joined", b"joined", "num_tokens", b"num_tokens", "padding", b"padding", "request_id", b"request_id", "sampled", b"sampled", "slot", b"slot"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cached_tokens", b"cached_tokens", "joined", b"joined", "num_tokens", b"num_tokens", "output_index", b"output_index", "padding", b"padding", "request_id", b"request_id", "sampled", b"sampled", "slot", b"slot", "tenant", b"tenant"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -146,7 +218,7 @@ class StepLeave(_message.Message):
     request_id: _builtins.str
     """The request that left."""
     reason: _builtins.str
-    """Why: stop, length, cancelled, preempted, error."""
+    """Why: stop, length, cancelled, deadline, preempted, error, unavailable."""
     def __init__(
         self,
         *,
@@ -160,3 +232,110 @@ class StepLeave(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___StepLeave: _TypeAlias = StepLeave  # noqa: Y015
+
+@_typing.final
+class GetBlockTablesRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetBlockTablesRequest: _TypeAlias = GetBlockTablesRequest  # noqa: Y015
+
+@_typing.final
+class GetBlockTablesResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    GROUP_FIELD_NUMBER: _builtins.int
+    BLOCK_SIZE_FIELD_NUMBER: _builtins.int
+    NUM_BLOCKS_FIELD_NUMBER: _builtins.int
+    TABLES_FIELD_NUMBER: _builtins.int
+    REF_COUNTS_FIELD_NUMBER: _builtins.int
+    STATES_FIELD_NUMBER: _builtins.int
+    NUM_HOST_BLOCKS_FIELD_NUMBER: _builtins.int
+    HELD_HOST_BLOCKS_FIELD_NUMBER: _builtins.int
+    group: _builtins.int
+    """Worker group, from 0."""
+    block_size: _builtins.int
+    """Tokens of one block."""
+    num_blocks: _builtins.int
+    """Blocks of the pool; their ids are 1 to num_blocks."""
+    num_host_blocks: _builtins.int
+    """Blocks of host memory for swapped requests; 0: no swapping."""
+    held_host_blocks: _builtins.int
+    """Of these, held."""
+    @_builtins.property
+    def tables(self) -> _containers.RepeatedCompositeFieldContainer[Global___BlockTable]:
+        """The tables of all rows of the batch, those included whose last step is still under way."""
+
+    @_builtins.property
+    def ref_counts(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """How many tables hold each block; ref_counts[i] is of block i + 1."""
+
+    @_builtins.property
+    def states(self) -> _containers.RepeatedScalarFieldContainer[Global___BlockState.ValueType]:
+        """What each block is; states[i] is of block i + 1."""
+
+    def __init__(
+        self,
+        *,
+        group: _builtins.int = ...,
+        block_size: _builtins.int = ...,
+        num_blocks: _builtins.int = ...,
+        tables: _abc.Iterable[Global___BlockTable] | None = ...,
+        ref_counts: _abc.Iterable[_builtins.int] | None = ...,
+        states: _abc.Iterable[Global___BlockState.ValueType] | None = ...,
+        num_host_blocks: _builtins.int = ...,
+        held_host_blocks: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_size", b"block_size", "group", b"group", "held_host_blocks", b"held_host_blocks", "num_blocks", b"num_blocks", "num_host_blocks", b"num_host_blocks", "ref_counts", b"ref_counts", "states", b"states", "tables", b"tables"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetBlockTablesResponse: _TypeAlias = GetBlockTablesResponse  # noqa: Y015
+
+@_typing.final
+class BlockTable(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    OUTPUT_INDEX_FIELD_NUMBER: _builtins.int
+    SLOT_FIELD_NUMBER: _builtins.int
+    COMPUTED_TOKENS_FIELD_NUMBER: _builtins.int
+    BLOCKS_FIELD_NUMBER: _builtins.int
+    request_id: _builtins.str
+    """The request that holds the blocks."""
+    output_index: _builtins.int
+    """Which of its outputs, from 0."""
+    slot: _builtins.int
+    """Its row in the batch."""
+    computed_tokens: _builtins.int
+    """Tokens whose keys and values are computed."""
+    @_builtins.property
+    def blocks(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Block ids, in the order of its tokens."""
+
+    def __init__(
+        self,
+        *,
+        request_id: _builtins.str = ...,
+        output_index: _builtins.int = ...,
+        slot: _builtins.int = ...,
+        computed_tokens: _builtins.int = ...,
+        blocks: _abc.Iterable[_builtins.int] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["blocks", b"blocks", "computed_tokens", b"computed_tokens", "output_index", b"output_index", "request_id", b"request_id", "slot", b"slot"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___BlockTable: _TypeAlias = BlockTable  # noqa: Y015

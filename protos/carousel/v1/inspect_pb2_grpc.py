@@ -39,6 +39,11 @@ class InspectStub:
                 request_serializer=carousel_dot_v1_dot_inspect__pb2.WatchStepsRequest.SerializeToString,
                 response_deserializer=carousel_dot_v1_dot_inspect__pb2.WatchStepsResponse.FromString,
                 _registered_method=True)
+        self.GetBlockTables = channel.unary_unary(
+                '/carousel.v1.Inspect/GetBlockTables',
+                request_serializer=carousel_dot_v1_dot_inspect__pb2.GetBlockTablesRequest.SerializeToString,
+                response_deserializer=carousel_dot_v1_dot_inspect__pb2.GetBlockTablesResponse.FromString,
+                _registered_method=True)
 
 
 class InspectServicer:
@@ -51,6 +56,13 @@ class InspectServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def GetBlockTables(self, request, context):
+        """Who holds which block at this moment, and how often blocks are shared.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_InspectServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -58,6 +70,11 @@ def add_InspectServicer_to_server(servicer, server):
                     servicer.WatchSteps,
                     request_deserializer=carousel_dot_v1_dot_inspect__pb2.WatchStepsRequest.FromString,
                     response_serializer=carousel_dot_v1_dot_inspect__pb2.WatchStepsResponse.SerializeToString,
+            ),
+            'GetBlockTables': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetBlockTables,
+                    request_deserializer=carousel_dot_v1_dot_inspect__pb2.GetBlockTablesRequest.FromString,
+                    response_serializer=carousel_dot_v1_dot_inspect__pb2.GetBlockTablesResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -87,6 +104,33 @@ class Inspect:
             '/carousel.v1.Inspect/WatchSteps',
             carousel_dot_v1_dot_inspect__pb2.WatchStepsRequest.SerializeToString,
             carousel_dot_v1_dot_inspect__pb2.WatchStepsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetBlockTables(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/carousel.v1.Inspect/GetBlockTables',
+            carousel_dot_v1_dot_inspect__pb2.GetBlockTablesRequest.SerializeToString,
+            carousel_dot_v1_dot_inspect__pb2.GetBlockTablesResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -33,12 +33,16 @@ class InspectStub:
     def __new__(cls, channel: _aio.Channel) -> InspectAsyncStub: ...
     WatchSteps: _grpc.UnaryStreamMultiCallable[_inspect_pb2.WatchStepsRequest, _inspect_pb2.WatchStepsResponse]
     """Streams every step from now on. Costs nothing when nobody watches."""
+    GetBlockTables: _grpc.UnaryUnaryMultiCallable[_inspect_pb2.GetBlockTablesRequest, _inspect_pb2.GetBlockTablesResponse]
+    """Who holds which block at this moment, and how often blocks are shared."""
 
 @_typing.type_check_only
 class InspectAsyncStub(InspectStub):
     def __init__(self, channel: _aio.Channel) -> None: ...
     WatchSteps: _aio.UnaryStreamMultiCallable[_inspect_pb2.WatchStepsRequest, _inspect_pb2.WatchStepsResponse]  # type: ignore[assignment]
     """Streams every step from now on. Costs nothing when nobody watches."""
+    GetBlockTables: _aio.UnaryUnaryMultiCallable[_inspect_pb2.GetBlockTablesRequest, _inspect_pb2.GetBlockTablesResponse]  # type: ignore[assignment]
+    """Who holds which block at this moment, and how often blocks are shared."""
 
 class InspectServicer(metaclass=_abc_1.ABCMeta):
     @_abc_1.abstractmethod
@@ -48,5 +52,13 @@ class InspectServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_inspect_pb2.WatchStepsResponse], _abc.AsyncIterator[_inspect_pb2.WatchStepsResponse]]:
         """Streams every step from now on. Costs nothing when nobody watches."""
+
+    @_abc_1.abstractmethod
+    def GetBlockTables(
+        self,
+        request: _inspect_pb2.GetBlockTablesRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_inspect_pb2.GetBlockTablesResponse, _abc.Awaitable[_inspect_pb2.GetBlockTablesResponse]]:
+        """Who holds which block at this moment, and how often blocks are shared."""
 
 def add_InspectServicer_to_server(servicer: InspectServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -1,38 +1,66 @@
 """Continuous batching (iteration-level scheduling, Orca 2022) with chunked prefill (Sarathi-Serve 2024): the default.
 
-Each step has one token budget. Decodes come first, then chunks of prompts in order of admission, then new requests for as
-long as rows, blocks and budget last. Requests join and leave at every step.
+Each step has one token budget. Decodes come first. What is left, and keeps to the inter-token time, goes to prompts class by
+class: chunks of those admitted, in order of admission, then new requests for as long as rows, blocks and budget last. Requests
+join and leave at every step.
 """
 
 from __future__ import annotations
 
 import numpy as np
 
-from scheduler.core.policies import Batch, Selection, chunked
+from kvcache.block_table import Slots
+from scheduler.core.policies import Batch, Selection
 
 
 class Continuous:
     name = "continuous"
     keeps_ended_rows = False
+    reserves_outputs = False
 
     def select(self, batch: Batch) -> Selection:
+        batch.make_room()
         running = batch.running()
         decodes = batch.with_blocks(running[batch.missing(running) == 1])
-        slots, takes = [decodes], [np.ones(len(decodes), np.int32)]
-        budget = batch.token_budget - len(decodes)
-
         if len(decodes) < len(running):
             running = batch.running()  # some may have been preempted for the decodes' blocks
-            missing = batch.missing(running)
-            prompts = missing > 1
-            chunks = chunked(missing[prompts], budget)
-            slots.append(running[prompts][chunks > 0])
-            takes.append(chunks[chunks > 0])
-            budget -= int(chunks.sum())
+            prompts = running[batch.missing(running) > 1]
+            prompts = prompts[np.argsort(-batch.priority(prompts), kind="stable")]
+        else:
+            prompts = running[:0]
+        if not len(prompts) and not batch.next_priority():
+            return Selection(decodes, np.ones(len(decodes), np.int32))
+        slots, takes = self._prompts(batch, prompts, batch.chunk_budget(decodes))
+        ones = np.ones(len(decodes), np.int32)
+        if not slots:
+            return Selection(decodes, ones)
+        return Selection(np.append(decodes, slots), np.append(ones, np.array(takes, np.int32)))
 
-        while budget > 0 and (slot := batch.admit(reserve_outputs=False)) is not None:
-            new = np.array([slot])
-            slots.append(new)
-            takes.append(np.minimum(batch.missing(new), budget))
-            budget -= int(takes[-1][0])
-        return Selection(np.concatenate(slots), np.concatenate(takes))
+    def _prompts(self, batch: Batch, prompts: Slots, left: int) -> tuple[list[int], list[int]]:
+        """Slots and how many tokens of each, at most `left` together."""
+        slots: list[int] = []
+        takes: list[int] = []
+        has_place = True
+
+        def take(slot: int, missing: int) -> None:
+            nonlocal left
+            slots.append(slot)
+            takes.append(min(missing, left))
+            left -= takes[-1]
+
+        def admit(above: int) -> None:
+            nonlocal has_place
+            while left and has_place and batch.next_priority() > above:
+                slot = batch.admit()
+                has_place = slot is not None
+                if slot is not None:
+                    take(slot, int(batch.missing(np.array([slot]))[0]))
+
+        columns = prompts.tolist(), batch.missing(prompts).tolist(), batch.priority(prompts).tolist()
+        for slot, missing, priority in zip(*columns, strict=True):
+            admit(above=priority)
+            if not left:
+                break
+            take(slot, missing)
+        admit(above=0)
+        return slots, takes

@@ -14,6 +14,7 @@ from scheduler.core.policies import Batch, Selection, chunked
 class Static:
     name = "static"
     keeps_ended_rows = True
+    reserves_outputs = True
 
     def select(self, batch: Batch) -> Selection:
         running = batch.running()
@@ -29,9 +30,10 @@ class Static:
         if prompts.any():
             takes = chunked(missing[prompts], batch.token_budget)
             return Selection(running[prompts][takes > 0], takes[takes > 0])
+        running = batch.with_blocks(running)  # those that another policy admitted may need one
         return Selection(running, np.ones(len(running), np.int32), batch.padding())
 
     def _admit_batch(self, batch: Batch) -> None:
         for _ in range(batch.static_batch_size):
-            if batch.admit(reserve_outputs=True) is None:
+            if batch.admit() is None:
                 break

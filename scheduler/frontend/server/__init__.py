@@ -34,7 +34,7 @@ class Server:
 
     def __init__(self, config: FrontendConfig, link: CoreLink, tokenizer: Tokenizer, defaults: ModelDefaults) -> None:
         self._config = config
-        self._generation = Generation(link, tokenizer, defaults, config.tokenizer_threads)
+        self._generation = Generation(link, tokenizer, defaults, config.served_model_name, config.tokenizer_threads)
         self._health = Health(link, _SERVICES)
         self._server = grpc.aio.server(options=_options(config))
         generation_pb2_grpc.add_GenerationServicer_to_server(self._generation, self._server)

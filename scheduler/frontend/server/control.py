@@ -1,16 +1,41 @@
-"""carousel.v1.Control: facts that the core told, and its load, asked for."""
+"""carousel.v1.Control: facts that the core told; its load, its requests and why they wait, asked for; another policy."""
 
 from __future__ import annotations
 
+import base64
+import binascii
 import time
 
 from carousel.v1 import control_pb2 as pb
 from carousel.v1.control_pb2_grpc import ControlServicer
-from scheduler.errors import UnavailableError
+from carousel.v1.generation_pb2 import PriorityClass
+from scheduler.errors import InvalidFieldError, NotFoundError, UnavailableError
 from scheduler.frontend.core_link import CoreLink
 from scheduler.frontend.defaults import ModelDefaults
+from scheduler.frontend.server.stats import FINISH_REASONS, timing, usage
 from scheduler.frontend.server.status import Context, answers_with_status
-from wire import Facts
+from scheduler.frontend.validation import check_id
+from wire import EndReason, Explanation, Facts, Hindrance, RequestSummary
+
+DEFAULT_PAGE, MAX_PAGE = 100, 1000  # requests
+_TOKEN_BYTES = 8
+_STATES = {
+    "waiting": pb.REQUEST_STATE_WAITING,
+    "running": pb.REQUEST_STATE_RUNNING,
+    "preempted": pb.REQUEST_STATE_PREEMPTED,
+    "ended": pb.REQUEST_STATE_ENDED,
+}
+_HINDRANCES = {
+    Hindrance.NONE: pb.HINDRANCE_NONE,
+    Hindrance.ORDER: pb.HINDRANCE_ORDER,
+    Hindrance.ROWS: pb.HINDRANCE_ROWS,
+    Hindrance.BLOCKS: pb.HINDRANCE_BLOCKS,
+    Hindrance.QUOTA: pb.HINDRANCE_QUOTA,
+    Hindrance.READER: pb.HINDRANCE_READER,
+    Hindrance.SIBLING: pb.HINDRANCE_SIBLING,
+    Hindrance.WORKER: pb.HINDRANCE_WORKER,
+    Hindrance.POLICY: pb.HINDRANCE_POLICY,
+}
 
 
 class Control(ControlServicer):
@@ -80,9 +105,111 @@ class Control(ControlServicer):
             cancelled_requests=load.cancelled_requests,
             refused_requests=load.refused_requests,
             preemptions=load.preemptions,
+            recomputed_tokens=load.recomputed_tokens,
+            cached_tokens=load.cached_tokens,
+            prompt_tokens=load.prompt_tokens,
+            held_host_blocks=load.held_host_blocks,
+            swapped_blocks=load.swapped_blocks,
         )
+
+    @answers_with_status
+    async def ListRequests(self, request: pb.ListRequestsRequest, context: Context) -> pb.ListRequestsResponse:
+        size = request.page_size if request.HasField("page_size") else DEFAULT_PAGE
+        if not 1 <= size <= MAX_PAGE:
+            raise InvalidFieldError("page_size", f"must be 1 to {MAX_PAGE}, not {size}")
+        started_ns = self._facts().started_ns
+        reply = await self._link.list_requests(_after(request.page_token), size)
+        return pb.ListRequestsResponse(
+            requests=[_request(summary, started_ns) for summary in reply.requests],
+            next_page_token=_page_token(reply.next) if reply.next else "",
+            total_requests=reply.total,
+            now_ns=max(0, time.monotonic_ns() - started_ns),
+        )
+
+    @answers_with_status
+    async def ExplainRequest(self, request: pb.ExplainRequestRequest, context: Context) -> pb.ExplainRequestResponse:
+        check_id("request_id", request.request_id)
+        started_ns = self._facts().started_ns
+        reply = await self._link.explain(request.request_id)
+        if reply.explanation is None:
+            raise NotFoundError(f"no request {request.request_id!r} is known: it never came, or has ended too long ago")
+        return _explanation(reply.explanation, started_ns)
+
+    @answers_with_status
+    async def SetPolicy(self, request: pb.SetPolicyRequest, context: Context) -> pb.SetPolicyResponse:
+        reply = await self._link.set_policy(request.policy)
+        if reply.error:
+            raise InvalidFieldError("policy", f"is not changed: {reply.error}")
+        return pb.SetPolicyResponse(policy=reply.policy)
 
     def _facts(self) -> Facts:
         if self._link.facts is None:
             raise UnavailableError("the scheduler core is not connected")
         return self._link.facts
+
+
+def _page_token(after: int) -> str:
+    return base64.urlsafe_b64encode(after.to_bytes(_TOKEN_BYTES)).decode()
+
+
+def _after(page_token: str) -> int:
+    """Raises InvalidFieldError."""
+    if not page_token:
+        return 0
+    try:
+        after = base64.b64decode(page_token, altchars=b"-_", validate=True)
+    except (binascii.Error, ValueError):
+        after = b""
+    if len(after) != _TOKEN_BYTES or after[0] >= 0x80:  # the core counts in 63 bits
+        raise InvalidFieldError("page_token", "is not the next_page_token of an answer")
+    return int.from_bytes(after)
+
+
+def _request(summary: RequestSummary, started_ns: int) -> pb.RequestSummary:
+    return pb.RequestSummary(
+        request_id=summary.request_id,
+        state=_STATES[summary.state],
+        tenant=summary.tenant,
+        priority=PriorityClass.ValueType(summary.priority),
+        arrival_ns=max(0, summary.arrival_ns - started_ns),
+        prompt_tokens=summary.num_prompt_tokens,
+        output_tokens=summary.num_output_tokens,
+        num_outputs=summary.num_outputs,
+        held_blocks=summary.held_blocks,
+    )
+
+
+def _explanation(told: Explanation, started_ns: int) -> pb.ExplainRequestResponse:
+    response = pb.ExplainRequestResponse(
+        request_id=told.request_id,
+        state=_STATES[told.state],
+        tenant=told.tenant,
+        priority=PriorityClass.ValueType(told.priority),
+        now_ns=max(0, told.now_ns - started_ns),
+        arrival_ns=max(0, told.arrival_ns - started_ns),
+        hindrance=_HINDRANCES[told.hindrance],
+        rank=told.rank,
+        missing_rows=told.missing_rows,
+        missing_blocks=told.missing_blocks,
+        needed_blocks=told.needed_blocks,
+        tenant_tokens=told.tenant_tokens,
+        least_tenant_tokens=told.least_tenant_tokens,
+        computed_tokens=told.num_computed_tokens,
+        preemptions=[
+            pb.Preemption(
+                at_ns=max(0, preemption.at_ns - started_ns),
+                by_request_id=preemption.by_request_id,
+                lost_tokens=preemption.lost_tokens,
+                swapped=preemption.swapped,
+            )
+            for preemption in told.preemptions
+        ],
+        usage=usage(told.stats),
+        timing=timing(told.stats),
+        text=told.text,
+    )
+    if told.predicted_start_ns >= 0:
+        response.predicted_start_ns = max(0, told.predicted_start_ns - started_ns)
+    if told.end_reason:
+        response.finish_reason = FINISH_REASONS[EndReason(told.end_reason)]
+    return response

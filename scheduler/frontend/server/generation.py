@@ -6,29 +6,25 @@ import asyncio
 import time
 from concurrent.futures import ThreadPoolExecutor
 
+import msgspec
 import numpy as np
 
 from carousel.v1 import generation_pb2 as pb
 from carousel.v1.generation_pb2_grpc import GenerationServicer
-from scheduler.errors import CancelledElsewhereError, InvalidFieldError, RequestError, UnavailableError
+from kvcache import prefix_index
+from scheduler.errors import CancelledElsewhereError, DeadlineError, InvalidFieldError, UnavailableError
 from scheduler.frontend.core_link import CoreLink
 from scheduler.frontend.defaults import ModelDefaults
 from scheduler.frontend.output import Output, Piece, StoppableOutput
+from scheduler.frontend.server.stats import FINISH_REASONS, timing, usage
 from scheduler.frontend.server.status import Context, answers_with_status, internal_error
 from scheduler.frontend.stop_strings import StopStrings
-from scheduler.frontend.streams import Stream
+from scheduler.frontend.streams import Outlet, Stream
 from scheduler.frontend.tokenizer import Tokenizer
-from scheduler.frontend.validation import MAX_ID_CHARACTERS, Options, check_options, check_prompt_length, check_token_ids
-from wire import AddHeader, AddRequest, CancelOutcome, EndReason, Facts, OutputEnded, WorkerFacts
+from scheduler.frontend.validation import Options, check_id, check_options, check_prompt_length, check_token_ids
+from wire import AddHeader, AddRequest, CancelOutcome, EndReason, Facts, OutputEnded, RequestStats, WorkerFacts
 
 _INLINE_CHARACTERS = 2_000  # shorter prompts are tokenized at once, well under a millisecond
-_REASONS = {
-    EndReason.STOP: pb.FINISH_REASON_STOP,
-    EndReason.LENGTH: pb.FINISH_REASON_LENGTH,
-    EndReason.CANCELLED: pb.FINISH_REASON_CANCELLED,
-    EndReason.ERROR: pb.FINISH_REASON_ERROR,
-    EndReason.UNAVAILABLE: pb.FINISH_REASON_ERROR,
-}
 _OUTCOMES = {
     CancelOutcome.CANCELLED: pb.CANCEL_OUTCOME_CANCELLED,
     CancelOutcome.ALREADY_FINISHED: pb.CANCEL_OUTCOME_ALREADY_FINISHED,
@@ -39,11 +35,14 @@ _OUTCOMES = {
 class Generation(GenerationServicer):
     """Serves requests while a worker is ready; `num_active` calls are under way."""
 
-    def __init__(self, link: CoreLink, tokenizer: Tokenizer, defaults: ModelDefaults, tokenizer_threads: int) -> None:
+    def __init__(
+        self, link: CoreLink, tokenizer: Tokenizer, defaults: ModelDefaults, served_model_name: str, tokenizer_threads: int
+    ) -> None:
         self.num_active = 0
         self._link = link
         self._tokenizer = tokenizer
         self._defaults = defaults
+        self._served_model_name = served_model_name
         self._tokenizing = ThreadPoolExecutor(tokenizer_threads, thread_name_prefix="tokenizer")
 
     @answers_with_status
@@ -53,12 +52,15 @@ class Generation(GenerationServicer):
         try:
             limits = worker_facts(self._link.facts)
             options = check_options(request, limits, self._defaults)
+            deadline_ns = deadline(options, context.time_remaining(), arrival_ns)
             prompt = await self._prompt(request, options, limits)
-            stream = Stream(self._output(options, prompt), options.include_stop)
-            self._link.submit(_add_request(self._link.new_handle(), arrival_ns, options, prompt), stream)
+            stream = Stream(self._outputs(options, prompt), options.include_stop)
+            self._link.submit(self._add_request(options, prompt, limits, arrival_ns, deadline_ns), stream)
             try:
                 echo = self._echo(request, options, prompt) if options.echo else None
-                await _write(context, stream, options, echo)
+                await _write(context, stream, options, echo, self._link)
+                _check_ends(stream, options, deadline_ns - arrival_ns)
+                await context.write(_summary(stream, options))
             finally:
                 self._link.drop(stream)
         finally:
@@ -66,8 +68,7 @@ class Generation(GenerationServicer):
 
     @answers_with_status
     async def Cancel(self, request: pb.CancelRequest, context: Context) -> pb.CancelResponse:
-        if not 1 <= len(request.request_id) <= MAX_ID_CHARACTERS:
-            raise InvalidFieldError("request_id", f"must have 1 to {MAX_ID_CHARACTERS} characters")
+        check_id("request_id", request.request_id)
         reply = await self._link.cancel(request.request_id)
         return pb.CancelResponse(outcome=_OUTCOMES[reply.outcome])
 
@@ -95,16 +96,40 @@ class Generation(GenerationServicer):
         check_token_ids(token_ids, "prompt.text", limits)
         return token_ids
 
-    def _output(self, options: Options, prompt: list[int]) -> Output:
+    def _outputs(self, options: Options, prompt: list[int]) -> list[Output]:
+        outputs, detokenizer = range(options.num_outputs), self._tokenizer.detokenizer
         if options.stop:  # they are looked for in the text, whether or not it is sent
-            detokenizer = self._tokenizer.detokenizer(prompt)
-            return StoppableOutput(detokenizer, StopStrings(options.stop), options.include_stop)
-        return Output(self._tokenizer.detokenizer(prompt) if options.text else None)
+            first = StopStrings(options.stop)
+            return [StoppableOutput(detokenizer(prompt), first.another(), options.include_stop) for _ in outputs]
+        return [Output(detokenizer(prompt) if options.text else None) for _ in outputs]
 
-    def _echo(self, request: pb.GenerateRequest, options: Options, prompt: list[int]) -> pb.GenerateResponse:
+    def _add_request(
+        self, options: Options, prompt: list[int], limits: WorkerFacts, arrival_ns: int, deadline_ns: int
+    ) -> AddRequest:
+        tokens = np.array(prompt, np.int32)
+        key = prefix_index.root(self._served_model_name, "", options.cache_salt)  # "": no adapter
+        header = AddHeader(
+            handle=self._link.new_handle(options.num_outputs),
+            request_id=options.request_id,
+            arrival_ns=arrival_ns,
+            priority=options.priority,
+            max_tokens=options.max_tokens,
+            sampling=options.sampling,
+            num_outputs=options.num_outputs,
+            tenant=options.tenant,
+            deadline_ns=deadline_ns,
+            partial_at_deadline=options.partial_at_deadline,
+            whole_by_deadline=options.whole_by_deadline,
+            prefix_key=key,
+            hash_block_size=limits.block_size,
+        )
+        hashes = prefix_index.hash_blocks(key, tokens, limits.block_size)
+        return AddRequest(header, tokens, np.frombuffer(hashes, np.uint8))
+
+    def _echo(self, request: pb.GenerateRequest, options: Options, prompt: list[int]) -> pb.Delta:
         given = request.WhichOneof("prompt") == "text"
         text = "" if not options.text else request.text if given else self._tokenizer.decode(prompt)
-        return pb.GenerateResponse(delta=pb.Delta(token_ids=prompt, text=text, is_prompt=True))
+        return pb.Delta(token_ids=prompt, text=text, is_prompt=True)
 
 
 def worker_facts(facts: Facts | None) -> WorkerFacts:
@@ -118,89 +143,105 @@ def worker_facts(facts: Facts | None) -> WorkerFacts:
     return facts.workers[0][2]
 
 
-def _add_request(handle: int, arrival_ns: int, options: Options, prompt: list[int]) -> AddRequest:
-    header = AddHeader(
-        handle=handle,
-        request_id=options.request_id,
-        arrival_ns=arrival_ns,
-        priority=options.priority,
-        max_tokens=options.max_tokens,
-        sampling=options.sampling,
-    )
-    return AddRequest(header, np.array(prompt, np.int32))
+def deadline(options: Options, remaining_s: float | None, arrival_ns: int) -> int:
+    """CLOCK_MONOTONIC nanoseconds at which the request's own time or that of its call is over, whichever is sooner; 0: never.
+    Raises DeadlineError when it is over already."""
+    times = [options.max_time_ns] if options.max_time_ns else []
+    if remaining_s is not None:
+        if remaining_s <= 0:
+            raise DeadlineError("the deadline of the call has passed", {"left_ms": "0"})
+        times.append(int(remaining_s * 1e9))
+    return arrival_ns + min(times) if times else 0
 
 
 # ----------------------------------------------------------------------------------------------------------- the way out
 
 
-async def _write(context: Context, stream: Stream, options: Options, echo: pb.GenerateResponse | None) -> None:
-    """Until the output has ended. Each write waits until the transport has taken it; meanwhile tokens gather in the stream."""
-    while stream.ended is None:
-        await stream.wait()
-        if echo is not None:
-            await context.write(echo)
-            echo = None
-        piece = stream.output.take()
+async def _write(context: Context, stream: Stream, options: Options, echo: pb.Delta | None, link: CoreLink) -> None:
+    """Until all outputs have ended. A write waits until the transport has taken it; meanwhile tokens gather in the stream."""
+    num_open = len(stream.outlets)
+    unechoed = set(range(num_open))
+    while num_open:
+        outlet = await stream.next()
+        if echo is not None and outlet.index in unechoed:
+            unechoed.discard(outlet.index)
+            echo.output_index = outlet.index
+            await context.write(pb.GenerateResponse(delta=echo))
+        num_received, ended = outlet.num_received, outlet.ended
+        piece = outlet.output.take()
         if piece is not None and (piece.tokens or options.text):
-            await context.write(_delta(piece, options.text))
-    last = stream.output.take()  # it may have ended while the last piece was written
-    if last is not None and (last.tokens or options.text):
-        await context.write(_delta(last, options.text))
-    ended = stream.ended
-    await context.write(_finished(ended, stream.output.stop_string))
-    if not stream.output.stop_string:
-        _check_end(ended, options.request_id)
-    await context.write(_summary(ended, stream.output, options))
+            await context.write(_delta(outlet.index, piece, options.text))
+        outlet.accepted(num_received, link.report_after, link)
+        if ended is not None:  # before the piece was taken
+            await context.write(_finished(outlet.index, ended, outlet.output.stop_string))
+            num_open -= 1
 
 
-def _delta(piece: Piece, with_text: bool) -> pb.GenerateResponse:
-    delta = pb.Delta(token_offset=piece.token_offset, token_ids=piece.tokens)
+def _delta(output_index: int, piece: Piece, with_text: bool) -> pb.GenerateResponse:
+    event = pb.GenerateResponse()
+    delta = event.delta  # filled in place: half the time of building it apart
+    delta.output_index, delta.token_offset = output_index, piece.token_offset
+    delta.token_ids.extend(piece.tokens)
     if with_text:
         delta.text_offset, delta.text = piece.text_offset, piece.text
-    return pb.GenerateResponse(delta=delta)
+    return event
 
 
-def _finished(ended: OutputEnded, stop_string: str) -> pb.GenerateResponse:
+def _finished(output_index: int, ended: OutputEnded, stop_string: str) -> pb.GenerateResponse:
+    finished = pb.Finished(output_index=output_index, reason=pb.FINISH_REASON_STOP)
     if stop_string:  # whatever the core saw at the same time came later
-        finished = pb.Finished(reason=pb.FINISH_REASON_STOP, stop_match=pb.StopMatch(stop=stop_string))
+        finished.stop_match.stop = stop_string
     elif ended.stop_token_id >= 0:
-        finished = pb.Finished(reason=pb.FINISH_REASON_STOP, stop_match=pb.StopMatch(token_id=ended.stop_token_id))
+        finished.stop_match.token_id = ended.stop_token_id
     else:
-        finished = pb.Finished(reason=_REASONS[ended.reason])
+        finished.reason = FINISH_REASONS[ended.reason]
     return pb.GenerateResponse(finished=finished)
 
 
-def _check_end(ended: OutputEnded, request_id: str) -> None:
-    """Raises the status of an output that did not end by itself."""
-    if ended.reason is EndReason.CANCELLED:
-        raise CancelledElsewhereError("the request was cancelled by its id")
-    if ended.reason is EndReason.UNAVAILABLE:
-        raise UnavailableError(ended.message or "the server is shutting down", reason="DRAINING")
-    if ended.reason is EndReason.ERROR:
-        raise _failed(ended, request_id)
+def _check_ends(stream: Stream, options: Options, allowed_ns: int) -> None:
+    """Raises the status of a request of which an output did not end by itself."""
+    for outlet in stream.outlets:
+        if outlet.ended is not None and not outlet.output.stop_string:
+            _check_end(outlet.ended, stream, options, allowed_ns)
 
 
-def _failed(ended: OutputEnded, request_id: str) -> RequestError:
-    return internal_error(f"request {request_id!r} failed: {ended.message}")
+def _check_end(ended: OutputEnded, stream: Stream, options: Options, allowed_ns: int) -> None:
+    match ended.reason:
+        case EndReason.CANCELLED:
+            raise CancelledElsewhereError("the request was cancelled by its id")
+        case EndReason.DEADLINE if not options.partial_at_deadline:
+            allowed_ms, num_tokens = allowed_ns // 1_000_000, _total(stream).output_tokens
+            said = f"the request's time, {allowed_ms} ms, is over after {num_tokens} tokens"
+            raise DeadlineError(said, {"allowed_ms": str(allowed_ms), "output_tokens": str(num_tokens)})
+        case EndReason.UNAVAILABLE:
+            raise UnavailableError(ended.message or "the server is shutting down", reason="DRAINING")
+        case EndReason.ERROR:
+            raise internal_error(f"request {options.request_id!r} failed: {ended.message}")
 
 
-def _summary(ended: OutputEnded, output: Output, options: Options) -> pb.GenerateResponse:
-    stats = ended.stats
-    usage = pb.Usage(
-        prompt_tokens=stats.prompt_tokens,
-        cached_tokens=stats.cached_tokens,
-        # the tokens that the stop string was found in count, those computed after it do not
-        output_tokens=min(stats.output_tokens, output.num_tokens) if output.stop_string else stats.output_tokens,
-        recomputed_tokens=stats.recomputed_tokens,
+def _summary(stream: Stream, options: Options) -> pb.GenerateResponse:
+    stats = _total(stream)
+    summary = pb.Summary(request_id=options.request_id, usage=usage(stats), timing=timing(stats))
+    summary.timing.seed = options.sampling.seed
+    return pb.GenerateResponse(summary=summary)
+
+
+def _total(stream: Stream) -> RequestStats:
+    """Of all outputs, once they have ended: counts are summed; the prompt and the times are those of output 0."""
+    outputs = [_stats(outlet) for outlet in stream.outlets]
+    return msgspec.structs.replace(
+        outputs[0],
+        output_tokens=sum(stats.output_tokens for stats in outputs),
+        recomputed_tokens=sum(stats.recomputed_tokens for stats in outputs),
+        preemptions=sum(stats.preemptions for stats in outputs),
+        block_ns=sum(stats.block_ns for stats in outputs),
     )
-    timing = pb.Timing(
-        queued_ns=stats.queued_ns,
-        prefill_ns=stats.prefill_ns,
-        decode_ns=stats.decode_ns,
-        preempted_ns=stats.preempted_ns,
-        time_to_first_token_ns=stats.first_token_ns,
-        preemptions=stats.preemptions,
-        block_seconds=stats.block_ns / 1e9,
-        seed=options.sampling.seed,
-    )
-    return pb.GenerateResponse(summary=pb.Summary(request_id=options.request_id, usage=usage, timing=timing))
+
+
+def _stats(outlet: Outlet) -> RequestStats:
+    """The tokens that a stop string was found in count, those computed after it do not."""
+    assert outlet.ended is not None
+    stats = outlet.ended.stats
+    if not outlet.output.stop_string:
+        return stats
+    return msgspec.structs.replace(stats, output_tokens=min(stats.output_tokens, outlet.output.num_tokens))

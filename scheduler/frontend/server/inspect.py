@@ -1,4 +1,4 @@
-"""carousel.v1.Inspect: the core's step records, fanned out to whoever watches."""
+"""carousel.v1.Inspect: the core's step records, fanned out to whoever watches, and its block tables."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ from carousel.v1 import inspect_pb2 as pb
 from carousel.v1.inspect_pb2_grpc import InspectServicer
 from scheduler.frontend.core_link import CoreLink
 from scheduler.frontend.server.status import Context, answers_with_status
-from wire import StepRecord
+from wire import BlockTablesReply, StepRecord
+
+_STATES = (pb.BLOCK_STATE_FREE, pb.BLOCK_STATE_HELD, pb.BLOCK_STATE_RETIRING, pb.BLOCK_STATE_CACHED)  # as on the inner wire
 
 
 class Inspect(InspectServicer):
@@ -25,6 +27,10 @@ class Inspect(InspectServicer):
         finally:
             self._link.unwatch(watcher)
 
+    @answers_with_status
+    async def GetBlockTables(self, request: pb.GetBlockTablesRequest, context: Context) -> pb.GetBlockTablesResponse:
+        return _tables(await self._link.block_tables())
+
 
 def _response(record: StepRecord, skipped: int) -> pb.WatchStepsResponse:
     return pb.WatchStepsResponse(
@@ -40,6 +46,9 @@ def _response(record: StepRecord, skipped: int) -> pb.WatchStepsResponse:
                 sampled=row.sampled,
                 joined=row.joined,
                 padding=row.padding,
+                output_index=row.output_index,
+                tenant=row.tenant,
+                cached_tokens=row.num_cached_tokens,
             )
             for row in record.rows
         ],
@@ -49,4 +58,34 @@ def _response(record: StepRecord, skipped: int) -> pb.WatchStepsResponse:
         kv_tokens=record.kv_tokens,
         waiting_requests=record.waiting_requests,
         skipped_steps=skipped,
+        cached_blocks=record.cached_blocks,
+        free_blocks=record.free_blocks,
+        token_budget=record.token_budget,
+        copied_blocks=record.num_copies,
+        swapped_out_blocks=record.swapped_out_blocks,
+        swapped_in_blocks=record.swapped_in_blocks,
+        policy=record.policy,
+    )
+
+
+def _tables(reply: BlockTablesReply) -> pb.GetBlockTablesResponse:
+    header = reply.header
+    return pb.GetBlockTablesResponse(
+        group=header.group,
+        block_size=header.block_size,
+        num_blocks=header.num_blocks,
+        tables=[
+            pb.BlockTable(
+                request_id=table.request_id,
+                output_index=table.output_index,
+                slot=table.slot,
+                computed_tokens=table.num_tokens,
+                blocks=table.blocks,
+            )
+            for table in header.tables
+        ],
+        ref_counts=reply.ref_counts.tolist(),
+        states=[_STATES[state] for state in reply.states.tolist()],
+        num_host_blocks=header.num_host_blocks,
+        held_host_blocks=header.held_host_blocks,
     )

@@ -30,7 +30,7 @@ AnswerT = TypeVar("AnswerT")
 
 
 def to_status(error: RequestError) -> grpc.Status:
-    """The status of a RequestError: BadRequest names its field, RetryInfo when to come again, ErrorInfo why."""
+    """The status of a RequestError: BadRequest names its field, RetryInfo when to come again, ErrorInfo why, with numbers."""
     details: list[Message] = []
     if error.field:
         violation = error_details_pb2.BadRequest.FieldViolation(field=error.field, description=error.description)
@@ -40,7 +40,7 @@ def to_status(error: RequestError) -> grpc.Status:
         delay.FromNanoseconds(error.retry_after_ns)
         details.append(error_details_pb2.RetryInfo(retry_delay=delay))
     if error.reason:
-        details.append(error_details_pb2.ErrorInfo(reason=error.reason, domain=DOMAIN))
+        details.append(error_details_pb2.ErrorInfo(reason=error.reason, domain=DOMAIN, metadata=error.metadata))
     status = status_pb2.Status(code=grpc.StatusCode[error.status].value[0], message=error.message)
     for detail in details:
         packed = AnyMessage()

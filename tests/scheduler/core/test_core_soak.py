@@ -88,8 +88,7 @@ def test_laws_hold_on_busy_batches(policy: str) -> None:
     drivers = [soak(policy, seed, length=200) for seed in range(60)]
     ends = [request.end.reason for driver in drivers for request in driver.requests if request.end is not None]
     assert set(ends) >= {"stop", "length", "cancelled", "error"}
-    crashes = sum(request.crashes for driver in drivers for request in driver.requests)
-    preemptions = sum(driver.core.counters.preemptions for driver in drivers) - crashes
+    preemptions = sum(driver.core.counters.preemptions for driver in drivers)
     assert (preemptions > 100) == (policy == "continuous"), "the pools are small enough to mean something"
 
 

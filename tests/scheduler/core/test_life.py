@@ -7,7 +7,7 @@ import pytest
 
 from scheduler.core import CoreConfig
 from scheduler.core import core as core_module
-from scheduler.core.request import TRANSITIONS, Request, State
+from scheduler.core.request import TRANSITIONS, Request, Sequence, State
 from tests.helpers.core_driver import CoreDriver
 from tests.helpers.fake_worker import GREEDY, undisturbed, worker_facts
 from wire import AddHeader, CancelOutcome, EndReason, OutputEnded, RequestStats
@@ -264,7 +264,7 @@ def test_a_request_cancelled_before_its_first_token_has_no_decode_time() -> None
     at(core, 100).accepted(PROMPT, 3)
     at(core, 150).plan()
     at(core, 250).abort(core.requests[0])
-    assert end_of(core).stats == RequestStats(prompt_tokens=3, queued_ns=50, block_ns=100)
+    assert end_of(core).stats == RequestStats(prompt_tokens=3, queued_ns=50, prefill_ns=100, block_ns=100)
 
 
 def test_times_of_a_request_that_was_preempted_while_decoding() -> None:
@@ -334,10 +334,11 @@ def test_load_counts_what_is_there() -> None:
 @pytest.mark.parametrize("before", list(State))
 @pytest.mark.parametrize("after", list(State))
 def test_the_table_of_transitions_is_the_only_way_to_another_state(before: State, after: State) -> None:
-    request = Request(AddHeader(0, "r", 0, 2, 1, GREEDY), 0, 0, np.array([1], np.int32), 1, state=before)
+    request = Request(AddHeader(0, "r", 0, 2, 1, GREEDY), 0, 0, np.array([1], np.int32), 0, 1, b"", 0)
+    sequence = Sequence(request, 0, 0, 0, state=before)
     if after in TRANSITIONS[before]:
-        request.become(after)
-        assert request.state is after
+        sequence.become(after)
+        assert sequence.state is after
     else:
         with pytest.raises(AssertionError, match=f"{before.value} can't become {after.value}"):
-            request.become(after)
+            sequence.become(after)

@@ -55,7 +55,7 @@ def test_a_limit_that_makes_no_sense_is_an_error_that_names_it(wrong: dict[str, 
 
 
 def test_an_unknown_policy_is_an_error_that_names_the_known_ones() -> None:
-    with pytest.raises(ValueError, match="'fastest': choose one of continuous, static"):
+    with pytest.raises(ValueError, match="'fastest': choose one of continuous, prefill_first, static"):
         CoreDriver(CoreConfig(policy="fastest"))
 
 
@@ -94,7 +94,7 @@ def test_after_a_loss_everything_running_starts_again_with_the_tokens_it_had() -
     core.finish()
     for request in core.requests:
         assert request.end is not None
-        assert (request.end.reason, request.end.stats.preemptions) == (EndReason.LENGTH, 1)
+        assert (request.end.reason, request.end.stats.preemptions) == (EndReason.LENGTH, 0)
 
 
 def test_nothing_is_planned_while_the_worker_is_away() -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.helpers import tokenizer_files
-from tests.helpers.fake_core import FakeCore
+from tests.helpers.fake_core import CHANGEABLE, FakeCore
 from tests.helpers.frontend import Frontend, running
 
 
@@ -36,7 +36,7 @@ def frontend(shared_core: FakeCore, model_dir: Path) -> Iterator[Frontend]:
 @pytest.fixture
 def core(shared_core: FakeCore, frontend: Frontend) -> Iterator[FakeCore]:
     """The module's fake core, as it was at first."""
-    kept = {name: getattr(shared_core, name) for name in ("facts", "script", "refuse", "stats", "load", "answers_queries")}
+    kept = {name: getattr(shared_core, name) for name in CHANGEABLE}
     shared_core.forget()
     yield shared_core
     for name, value in kept.items():

@@ -5,22 +5,18 @@ from __future__ import annotations
 import asyncio
 import itertools
 import re
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import grpc
 import grpc.aio
 import pytest
-from google.protobuf.message import Message
-from google.rpc import error_details_pb2
-from grpc_status import rpc_status
 
 from carousel.v1 import generation_pb2 as pb
 from scheduler.frontend.tokenizer import Tokenizer
 from tests.helpers.fake_core import PATIENCE_S, FakeCore, ready_facts, worker_facts
 from tests.helpers.frontend import Frontend, running
+from tests.helpers.streams import Got, bad_field, collect, details, failure, make, script
 from wire import AbortRequest, AddRequest, EndReason, Refused, TruncateRequest
 
 EOS = 1  # of the test model
@@ -29,98 +25,6 @@ EOS = 1  # of the test model
 @pytest.fixture(scope="module")
 def tokenizer(model_dir: Path) -> Tokenizer:
     return Tokenizer.load(model_dir)
-
-
-@dataclass
-class Got:
-    """A whole stream, put together; offsets and order are checked on the way."""
-
-    prompt: pb.Delta | None = None
-    tokens: list[int] = field(default_factory=list)
-    text: str = ""
-    finished: pb.Finished | None = None
-    summary: pb.Summary | None = None
-    num_deltas: int = 0
-
-    def take(self, message: pb.GenerateResponse) -> None:
-        assert self.summary is None, "the summary is last"
-        match message.WhichOneof("event"):
-            case "delta" if message.delta.is_prompt:
-                assert self.num_deltas == 0 and self.prompt is None
-                self.prompt = message.delta
-            case "delta":
-                assert self.finished is None
-                assert message.delta.token_offset == len(self.tokens)
-                assert message.delta.text_offset == len(self.text.encode())
-                assert message.delta.token_ids or message.delta.text, "an empty delta"
-                self.tokens += message.delta.token_ids
-                self.text += message.delta.text
-                self.num_deltas += 1
-            case "finished":
-                self.finished = message.finished
-            case "summary":
-                assert self.finished is not None
-                self.summary = message.summary
-
-    @property
-    def reason(self) -> int:
-        assert self.finished is not None
-        return self.finished.reason
-
-
-def collect(stream: Iterable[pb.GenerateResponse]) -> Got:
-    got = Got()
-    for message in stream:
-        got.take(message)
-    return got
-
-
-def failure(stream: Iterable[pb.GenerateResponse], got: Got | None = None) -> grpc.RpcError:
-    """What the stream ends with; `got` takes what came before."""
-    with pytest.raises(grpc.RpcError) as caught:
-        for message in stream:
-            (got or Got()).take(message)
-    return caught.value
-
-
-def details(error: grpc.RpcError) -> dict[str, Message]:
-    """The google.rpc details, by their type's name."""
-    found: dict[str, Message] = {}
-    for packed in rpc_status.from_call(error).details:
-        message = getattr(error_details_pb2, packed.TypeName().rpartition(".")[2])()
-        packed.Unpack(message)
-        found[type(message).__name__] = message
-    return found
-
-
-def bad_field(error: grpc.RpcError) -> str:
-    [violation] = details(error)["BadRequest"].field_violations
-    assert violation.description
-    return violation.field
-
-
-def make(prompt: str | list[int] = "The quick brown fox", **options: Any) -> pb.GenerateRequest:
-    request = pb.GenerateRequest(stopping=pb.StoppingParams(max_tokens=options.pop("max_tokens", 12)))
-    for name, value in options.items():
-        for group in (request, request.stopping, request.sampling, request.output, request.scheduling):
-            if name in group.DESCRIPTOR.fields_by_name:
-                if isinstance(value, list):
-                    getattr(group, name).extend(value)
-                else:
-                    setattr(group, name, value)
-                break
-        else:
-            raise AssertionError(name)
-    if isinstance(prompt, str):
-        request.text = prompt
-    else:
-        request.token_ids.ids.extend(prompt)
-    return request
-
-
-def script(*tokens: int) -> Callable[[AddRequest], Iterator[int]]:
-    """These tokens, then the last one for ever."""
-    return lambda add: itertools.chain(tokens, itertools.repeat(tokens[-1]))
 
 
 def of_text(tokenizer: Tokenizer, text: str) -> list[int]:
@@ -146,12 +50,13 @@ def test_a_stream_is_deltas_finished_summary(core: FakeCore, frontend: Frontend,
 def test_the_core_gets_the_request_as_it_was_meant(core: FakeCore, frontend: Frontend, tokenizer: Tokenizer) -> None:
     sampling = dict(temperature=0.5, top_k=10, top_p=0.5, min_p=0.25, seed=2**64 - 1)
     stopping = dict(max_tokens=5, min_tokens=2, stop_token_ids=[9])
-    priority = pb.PRIORITY_CLASS_INTERACTIVE
-    request = make("fox", request_id="whole", priority=priority, **sampling, **stopping)
+    scheduling = dict(priority=pb.PRIORITY_CLASS_INTERACTIVE, tenant="team-é")
+    request = make("fox", request_id="whole", num_outputs=3, **scheduling, **sampling, **stopping)
     collect(frontend.generation.Generate(request))
     add = core.wait_for(AddRequest, lambda add: add.header.request_id == "whole")
     assert add.prompt.tolist() == tokenizer.encode("fox").ids
-    assert (add.header.max_tokens, add.header.priority) == (5, 3)
+    assert (add.header.max_tokens, add.header.priority, add.header.tenant, add.header.num_outputs) == (5, 3, "team-é", 3)
+    assert (add.header.deadline_ns, add.header.partial_at_deadline, add.header.whole_by_deadline) == (0, False, False)
     spec = add.header.sampling
     assert (spec.temperature, spec.top_k, spec.top_p, spec.min_p, spec.seed) == (0.5, 10, 0.5, 0.25, 2**64 - 1)
     assert (spec.min_tokens, spec.stop_token_ids) == (2, (9, EOS))
@@ -329,28 +234,44 @@ def test_bad_requests_name_the_field(request_: pb.GenerateRequest, field: str, c
 
 
 def test_what_is_not_supported_is_said_by_name(core: FakeCore, frontend: Frontend) -> None:
-    error = failure(frontend.generation.Generate(make(num_outputs=2)))
+    error = failure(frontend.generation.Generate(make(presence_penalty=0.5)))
     assert error.code() is grpc.StatusCode.UNIMPLEMENTED
-    assert bad_field(error) == "sampling.num_outputs" and "sampling.num_outputs" in error.details()
+    assert bad_field(error) == "sampling.presence_penalty" and "sampling.presence_penalty" in error.details()
 
 
-@pytest.mark.parametrize("code", ["RESOURCE_EXHAUSTED", "UNAVAILABLE"])
-def test_the_cores_refusal_says_when_to_come_again(code: str, core: FakeCore, frontend: Frontend) -> None:
-    core.refuse = lambda add: Refused(add.header.handle, code, "much to do", retry_after_ns=1_500_000_000)
-    error = failure(frontend.generation.Generate(make(echo=True)))
+@pytest.mark.parametrize("num_outputs", [1, 3])
+@pytest.mark.parametrize(("code", "reason"), [("RESOURCE_EXHAUSTED", "QUEUE_FULL"), ("UNAVAILABLE", "NOT_READY")])
+def test_the_cores_refusal_says_when_to_come_again(
+    code: str, reason: str, num_outputs: int, core: FakeCore, frontend: Frontend
+) -> None:
+    numbers = {"waiting_requests": "7"}
+    core.refuse = lambda add: Refused(add.header.handle, code, "much to do", "", 1_500_000_000, numbers)
+    error = failure(frontend.generation.Generate(make(echo=True, num_outputs=num_outputs)))
     assert (error.code().name, error.details()) == (code, "much to do")
     delay = details(error)["RetryInfo"].retry_delay
     assert (delay.seconds, delay.nanos) == (1, 500_000_000)
-    assert details(error)["ErrorInfo"].domain == "carousel.v1" and details(error)["ErrorInfo"].reason
+    info = details(error)["ErrorInfo"]
+    assert (info.domain, info.reason, dict(info.metadata)) == ("carousel.v1", reason, numbers)
 
 
-@pytest.mark.parametrize(("code", "field"), [("FAILED_PRECONDITION", ""), ("INVALID_ARGUMENT", "prompt")])
-def test_the_cores_refusal_is_passed_on(code: str, field: str, core: FakeCore, frontend: Frontend) -> None:
-    core.refuse = lambda add: Refused(add.header.handle, code, "needs 99 blocks of 64", field)
+@pytest.mark.parametrize(
+    ("code", "field", "reason"),
+    [
+        ("FAILED_PRECONDITION", "", "TOO_LARGE"),
+        ("PERMISSION_DENIED", "scheduling.tenant", "UNKNOWN_TENANT"),
+        ("DEADLINE_EXCEEDED", "", "DEADLINE"),
+        ("INVALID_ARGUMENT", "prompt", ""),
+    ],
+)
+def test_the_cores_refusal_is_passed_on(code: str, field: str, reason: str, core: FakeCore, frontend: Frontend) -> None:
+    numbers = {"needed_blocks": "99", "total_blocks": "64"}
+    core.refuse = lambda add: Refused(add.header.handle, code, "needs 99 blocks of 64", field, 0, numbers)
     error = failure(frontend.generation.Generate(make()))
     assert (error.code().name, error.details()) == (code, "needs 99 blocks of 64")
-    if field:
-        assert bad_field(error) == field
+    assert "RetryInfo" not in details(error), "to come again is of no use"
+    assert not field or bad_field(error) == field
+    if reason:
+        assert (details(error)["ErrorInfo"].reason, dict(details(error)["ErrorInfo"].metadata)) == (reason, numbers)
 
 
 def test_an_id_that_is_alive_is_refused(core: FakeCore, frontend: Frontend) -> None:
@@ -420,11 +341,11 @@ def test_a_closed_connection_aborts_its_requests(core: FakeCore, frontend: Front
 
 
 def test_a_reader_that_leaves_while_it_is_written_to_aborts_its_request(core: FakeCore, frontend: Frontend) -> None:
-    core.tell(ready_facts(worker_facts(max_model_len=10**9)))
+    core.tell(ready_facts(worker_facts(max_model_len=10**9), max_unread_tokens=0))
     frontend.hear_core()
     stream = frontend.generation.Generate(make([51], request_id="stuck", max_tokens=10**8))
     add = core.wait_for(AddRequest, lambda add: add.header.request_id == "stuck")
-    core.wait_until(lambda: core.num_outputs() > 100_000)  # far more than the transport takes from a reader that does not read
+    core.wait_until(lambda: core.num_tokens() > 100_000)  # far more than the transport takes from a reader that does not read
     stream.cancel()
     core.wait_for(AbortRequest, lambda abort: abort.handle == add.header.handle)
 
@@ -471,7 +392,7 @@ def test_cancel_of_the_unknown(core: FakeCore, frontend: Frontend) -> None:
 
 def test_a_slow_reader_gets_merged_deltas_with_the_same_content(model_dir: Path) -> None:
     num_tokens = 40_000
-    facts = ready_facts(worker_facts(max_model_len=100_000))
+    facts = ready_facts(worker_facts(max_model_len=100_000), max_unread_tokens=0)
     with FakeCore(facts) as core, running(model_dir, core.endpoint) as frontend:
         frontend.wait_serving()
         stream = frontend.generation.Generate(make([50, 51, 52], max_tokens=num_tokens))

@@ -58,6 +58,16 @@ def test_the_first_match_is_found_however_the_text_is_cut(strings: list[str], pi
     assert expected is None
 
 
+@settings(max_examples=100, deadline=None)
+@given(strings=STRINGS, before=st.text(ALPHABET, max_size=8), text=st.text(ALPHABET, max_size=12))
+def test_another_matcher_of_the_same_strings_begins_anew(strings: list[str], before: str, text: str) -> None:
+    used = StopStrings(strings)
+    used.feed(before)
+    held = used.num_held
+    assert used.another().feed(text) == StopStrings(strings).feed(text)
+    assert used.num_held == held, "the first goes on where it was"
+
+
 @dataclass
 class Twin:
     """What the whole stream must be, from the whole text."""

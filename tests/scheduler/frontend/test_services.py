@@ -18,7 +18,7 @@ from carousel.v1 import generation_pb2 as pb
 from tests.helpers import tokenizer_files
 from tests.helpers.fake_core import PATIENCE_S, FakeCore, ready_facts, worker_facts
 from tests.helpers.frontend import Frontend, running
-from wire import AddRequest, FrontendHello, WatchSteps
+from wire import AddRequest, BlockTable, FrontendHello, WatchSteps
 
 SERVING = health_pb2.HealthCheckResponse.SERVING
 NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
@@ -74,8 +74,9 @@ def test_load_is_the_cores(core: FakeCore, frontend: Frontend) -> None:
     load = frontend.control.GetLoad(control_pb2.GetLoadRequest())
     fields = ["running_requests", "waiting_requests", "waiting_tokens", "total_blocks", "free_blocks", "held_blocks"]
     fields += ["retiring_blocks", "cached_blocks", "kv_tokens", "steps", "output_tokens", "accepted_requests"]
-    fields += ["finished_requests", "cancelled_requests", "refused_requests", "preemptions"]
-    assert [getattr(load, name) for name in fields] == list(range(1, 17))
+    fields += ["finished_requests", "cancelled_requests", "refused_requests", "preemptions", "recomputed_tokens"]
+    fields += ["cached_tokens", "prompt_tokens", "held_host_blocks", "swapped_blocks"]
+    assert [getattr(load, name) for name in fields] == list(range(1, 22))
     assert load.kv_waste == (6 * 16 - 9) / (6 * 16)
 
 
@@ -96,6 +97,9 @@ def watch(frontend: Frontend) -> Iterator[inspect_pb2.WatchStepsResponse]:
 
 def test_watchers_see_every_step_from_then_on(core: FakeCore, frontend: Frontend) -> None:
     core.hold()
+    numbers = ["cached_blocks", "free_blocks", "token_budget", "num_copies", "swapped_out_blocks", "swapped_in_blocks"]
+    core.record = {name: 40 + i for i, name in enumerate(numbers)} | {"policy": "static"}
+    core.row = {"tenant": "team-a", "num_cached_tokens": 32}
     watchers = [watch(frontend) for _ in range(2)]
     assert core.wait_for(WatchSteps).on
     stream = frontend.generation.Generate(request("seen", max_tokens=3))
@@ -115,7 +119,11 @@ def test_watchers_see_every_step_from_then_on(core: FakeCore, frontend: Frontend
         step = steps[0]
         assert (step.planned_ns, step.duration_ns, step.waiting_requests) == (first * 10, 5, 2)
         assert (step.held_blocks, step.total_blocks, step.kv_tokens) == (3, 64, 40)
-        assert (step.rows[0].slot, step.rows[0].num_tokens, step.rows[0].sampled) == (0, 1, True)
+        assert (step.cached_blocks, step.free_blocks, step.token_budget) == (40, 41, 42)
+        assert (step.copied_blocks, step.swapped_out_blocks, step.swapped_in_blocks, step.policy) == (43, 44, 45, "static")
+        row = step.rows[0]
+        assert (row.slot, row.num_tokens, row.sampled) == (0, 1, True)
+        assert (row.output_index, row.tenant, row.cached_tokens) == (0, "team-a", 32)
     assert len(list(stream)) > 0
     watchers[0].cancel()  # type: ignore[attr-defined]
     stream = frontend.generation.Generate(request("seen again"))
@@ -124,6 +132,35 @@ def test_watchers_see_every_step_from_then_on(core: FakeCore, frontend: Frontend
     assert next(watchers[1]).rows[0].request_id == "seen again"
     watchers[1].cancel()  # type: ignore[attr-defined]
     assert not core.wait_for(WatchSteps).on, "switched off when the last one left"
+
+
+def test_rows_say_which_output_they_are(core: FakeCore, frontend: Frontend) -> None:
+    core.hold()
+    watcher = watch(frontend)
+    several = request("several")
+    several.sampling.num_outputs = 3
+    stream = frontend.generation.Generate(several)
+    core.wait_for(AddRequest)
+    core.step(5)
+    assert [(row.request_id, row.output_index) for row in next(watcher).rows] == [("several", i) for i in range(3)]
+    watcher.cancel()  # type: ignore[attr-defined]
+    core.wait_for(WatchSteps, lambda message: not message.on)
+    assert len(list(stream)) > 3
+
+
+def test_block_tables_tell_who_holds_what(core: FakeCore, frontend: Frontend) -> None:
+    core.tables = (BlockTable("a", 0, 3, 20, (1, 2)), BlockTable("a", 1, 4, 18, (1, 3)))
+    core.ref_counts = [2, 1, 1, 0, 0, *[0] * 59]
+    core.states = [1, 1, 1, 2, 3, *[0] * 59]
+    answer = frontend.inspect.GetBlockTables(inspect_pb2.GetBlockTablesRequest())
+    assert (answer.group, answer.block_size, answer.num_blocks) == (0, 16, 64)
+    assert (answer.num_host_blocks, answer.held_host_blocks) == (8, 3)
+    told = [(table.request_id, table.output_index, table.slot, table.computed_tokens) for table in answer.tables]
+    assert told == [("a", 0, 3, 20), ("a", 1, 4, 18)]
+    assert [list(table.blocks) for table in answer.tables] == [[1, 2], [1, 3]]
+    assert list(answer.ref_counts) == core.ref_counts
+    names = [inspect_pb2.BlockState.Name(state).removeprefix("BLOCK_STATE_") for state in answer.states]
+    assert names[:6] == ["HELD", "HELD", "HELD", "RETIRING", "CACHED", "FREE"] and len(names) == 64
 
 
 def test_a_slow_watcher_is_told_how_many_steps_it_missed(core: FakeCore, frontend: Frontend) -> None:

@@ -8,8 +8,9 @@ from typing import Any
 import grpc
 import grpc.aio
 import pytest
+from google.rpc import error_details_pb2, status_pb2
 
-from scheduler.errors import InvalidFieldError
+from scheduler.errors import InvalidFieldError, RefusedError
 from scheduler.frontend.server.status import answers_with_status, to_status
 
 
@@ -58,6 +59,15 @@ def test_a_request_error_becomes_its_status() -> None:
         call(InvalidFieldError("sampling.top_p", "is wrong"), context)
     assert context.status == to_status(InvalidFieldError("sampling.top_p", "is wrong"))
     assert context.status.code is grpc.StatusCode.INVALID_ARGUMENT and context.status.details == "sampling.top_p is wrong"
+
+
+def test_the_reason_carries_its_numbers() -> None:
+    status = to_status(RefusedError("DEADLINE_EXCEEDED", "too late", metadata={"estimate_ms": "350"}))
+    [(_, packed)] = status.trailing_metadata
+    told = status_pb2.Status.FromString(packed)
+    info = error_details_pb2.ErrorInfo()
+    assert len(told.details) == 1 and told.details[0].Unpack(info)
+    assert (info.reason, info.domain, dict(info.metadata)) == ("DEADLINE", "carousel.v1", {"estimate_ms": "350"})
 
 
 @pytest.mark.parametrize("error", [ValueError("the stream is closed"), asyncio.CancelledError()])

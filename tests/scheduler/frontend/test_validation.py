@@ -50,6 +50,7 @@ INVALID = [
     ("sampling.logit_bias", dict(sampling=dict(logit_bias={5: math.nan}))),
     ("sampling.logit_bias", dict(sampling=dict(logit_bias={600: 1.0}))),
     ("sampling.num_outputs", dict(sampling=dict(num_outputs=0))),
+    ("sampling.num_outputs", dict(sampling=dict(num_outputs=65))),
     ("stopping.max_tokens", dict(stopping=dict(max_tokens=0))),
     ("stopping.max_tokens", dict(stopping=dict(max_tokens=256))),
     ("stopping.max_tokens", dict(stopping=dict(max_tokens=2**32 - 1))),
@@ -66,7 +67,10 @@ INVALID = [
     ("scheduling.on_timeout", dict(scheduling=dict(on_timeout=3))),
     ("scheduling.tenant", dict(scheduling=dict(tenant=""))),
     ("scheduling.tenant", dict(scheduling=dict(tenant="x" * 129))),
+    ("scheduling.tenant", dict(scheduling=dict(tenant="a\nb"))),
+    ("scheduling.tenant", dict(scheduling=dict(tenant="\x1b[2J"))),
     ("scheduling.max_time_ms", dict(scheduling=dict(max_time_ms=0))),
+    ("scheduling.cache_salt", dict(scheduling=dict(cache_salt="x" * 257))),
 ]
 
 
@@ -84,13 +88,8 @@ UNSUPPORTED = [
     ("sampling.presence_penalty", dict(sampling=dict(presence_penalty=0.5))),
     ("sampling.frequency_penalty", dict(sampling=dict(frequency_penalty=-0.5))),
     ("sampling.logit_bias", dict(sampling=dict(logit_bias={5: 1.0}))),
-    ("sampling.num_outputs", dict(sampling=dict(num_outputs=2))),
     ("output.logprobs", dict(output=dict(logprobs=0))),
     ("output.prompt_logprobs", dict(output=dict(prompt_logprobs=5))),
-    ("scheduling.tenant", dict(scheduling=dict(tenant="somebody"))),
-    ("scheduling.max_time_ms", dict(scheduling=dict(max_time_ms=1000))),
-    ("scheduling.on_timeout", dict(scheduling=dict(on_timeout=pb.ON_TIMEOUT_RETURN_PARTIAL))),
-    ("scheduling.cache_salt", dict(scheduling=dict(cache_salt="salt"))),
     ("scheduling.resume_window_ms", dict(scheduling=dict(resume_window_ms=1))),
 ]
 
@@ -112,10 +111,13 @@ def test_neutral_values_are_taken() -> None:
 
 
 def test_limits_themselves_are_taken() -> None:
-    sampling = dict(temperature=100.0, top_k=600, top_p=1.0, min_p=1.0, seed=2**64 - 1)
+    sampling = dict(temperature=100.0, top_k=600, top_p=1.0, min_p=1.0, seed=2**64 - 1, num_outputs=64)
     stopping = dict(max_tokens=255, min_tokens=255, stop=["x" * 256] * 16, stop_token_ids=[599] * 64)
-    options = check(request(request_id="x" * 128, sampling=sampling, stopping=stopping))
+    scheduling = dict(tenant="é" * 128, cache_salt="\n" * 256, max_time_ms=2**32 - 1)
+    options = check(request(request_id="x" * 128, sampling=sampling, stopping=stopping, scheduling=scheduling))
     assert (options.request_id, options.max_tokens, options.stop) == ("x" * 128, 255, ("x" * 256,) * 16)
+    assert (options.tenant, options.cache_salt, options.num_outputs) == ("é" * 128, "\n" * 256, 64)
+    assert options.max_time_ns == (2**32 - 1) * 1_000_000
     spec = options.sampling
     assert (spec.temperature, spec.top_k, spec.top_p, spec.min_p, spec.seed) == (100.0, 600, 1.0, 1.0, 2**64 - 1)
     assert (spec.min_tokens, spec.stop_token_ids) == (255, (599, 2))
@@ -127,6 +129,8 @@ def test_absent_fields_get_the_models_defaults() -> None:
     assert (spec.temperature, spec.top_k, spec.top_p, spec.min_p) == (0.7, 20, 0.9, 0.05)
     assert spec.stop_token_ids == (2, 599), "an end token beyond the vocabulary can't be drawn"
     assert (options.max_tokens, options.priority, options.text, options.echo) == (0, 2, True, False)
+    assert (options.num_outputs, options.tenant, options.cache_salt, options.max_time_ns) == (1, "", "", 0)
+    assert not options.partial_at_deadline and not options.whole_by_deadline
     uuid.UUID(options.request_id)
 
 

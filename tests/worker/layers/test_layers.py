@@ -19,13 +19,17 @@ from worker.weights import CheckpointError
 class InMemory:
     """Weights out of a dictionary."""
 
-    dtype, device = torch.float32, torch.device("cpu")
+    dtype, device, num_parameters = torch.float32, torch.device("cpu"), 0
 
-    def __init__(self, **tensors: Tensor) -> None:
+    def __init__(self, quantization: str = "none", **tensors: Tensor) -> None:
+        self.quantization = quantization
         self.tensors = {name.replace("__", "."): tensor for name, tensor in tensors.items()}
 
     def take(self, name: str, *shape: int) -> Tensor:
         return self.stack({name: shape[0]}, *shape[1:])
+
+    def table(self, name: str, *shape: int) -> Tensor:
+        return self.take(name, *shape).bfloat16()
 
     def stack(self, parts: Mapping[str, int], *rest: int) -> Tensor:
         for name, rows in parts.items():
@@ -76,7 +80,7 @@ def test_layer_norm(affine: bool) -> None:
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_head_reads_the_embedding_or_its_own_table(tied: bool) -> None:
-    table, own, x = torch.randn(10, 4), torch.randn(10, 4), torch.randn(3, 4)
+    table, own, x = torch.randn(10, 4).bfloat16().float(), torch.randn(10, 4), torch.randn(3, 4)
     weights = InMemory(e__weight=table) if tied else InMemory(e__weight=table, h__weight=own)
     embedding = Embedding(weights, "e", 10, 4)
     assert embedding(torch.tensor([7, 0])).equal(table[[7, 0]])

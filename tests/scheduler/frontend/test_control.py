@@ -1,0 +1,194 @@
+"""Control over real gRPC: another policy, the list of requests in pages, why a request waits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import grpc
+import pytest
+
+from carousel.v1 import control_pb2 as pb
+from carousel.v1 import generation_pb2
+from tests.helpers.fake_core import PATIENCE_S, FakeCore
+from tests.helpers.frontend import Frontend
+from tests.helpers.streams import bad_field
+from wire import Explanation, Hindrance, ListQuery, Preemption, RequestStats, RequestSummary, SetPolicyQuery
+
+MS = 1_000_000
+
+
+def refused(call: Callable[[], object]) -> grpc.RpcError:
+    with pytest.raises(grpc.RpcError) as caught:
+        call()
+    return caught.value
+
+
+# -------------------------------------------------------------------------------------------------------------- policy
+
+
+def test_a_policy_is_set_and_told(core: FakeCore, frontend: Frontend) -> None:
+    assert frontend.control.SetPolicy(pb.SetPolicyRequest(policy="static")).policy == "static"
+    assert core.wait_for(SetPolicyQuery).policy == "static"
+    assert frontend.control.GetServerInfo(pb.GetServerInfoRequest()).policy == "static"
+
+
+@pytest.mark.parametrize("policy", ["", "fifo", "STATIC"])
+def test_an_unknown_policy_is_refused_with_those_there_are(policy: str, core: FakeCore, frontend: Frontend) -> None:
+    error = refused(lambda: frontend.control.SetPolicy(pb.SetPolicyRequest(policy=policy)))
+    assert error.code() is grpc.StatusCode.INVALID_ARGUMENT and bad_field(error) == "policy"
+    assert "continuous, prefill_first, static" in error.details()
+
+
+# ---------------------------------------------------------------------------------------------------------------- list
+
+
+def summaries(core: FakeCore, count: int) -> list[RequestSummary]:
+    states, started = ("running", "waiting", "preempted"), core.facts.started_ns
+    return [
+        RequestSummary(f"r-{i}", states[i % 3], f"tenant-{i % 2}", i % 3 + 1, started + i * MS, 10 + i, 20 + i, 1 + i % 4, 5)
+        for i in range(count)
+    ]
+
+
+def test_requests_are_listed_with_what_is_known_of_them(core: FakeCore, frontend: Frontend) -> None:
+    core.listed = summaries(core, 3)
+    answer = frontend.control.ListRequests(pb.ListRequestsRequest())
+    assert (answer.total_requests, answer.next_page_token, len(answer.requests)) == (3, "", 3)
+    assert answer.now_ns >= 5_000_000_000
+    second = answer.requests[1]
+    assert (second.request_id, second.state, second.tenant) == ("r-1", pb.REQUEST_STATE_WAITING, "tenant-1")
+    assert (second.priority, second.arrival_ns) == (generation_pb2.PRIORITY_CLASS_NORMAL, MS)
+    assert (second.prompt_tokens, second.output_tokens, second.num_outputs, second.held_blocks) == (11, 21, 2, 5)
+    states = [pb.REQUEST_STATE_RUNNING, pb.REQUEST_STATE_WAITING, pb.REQUEST_STATE_PREEMPTED]
+    assert [request.state for request in answer.requests] == states
+
+
+def test_pages_put_together_are_the_list(core: FakeCore, frontend: Frontend) -> None:
+    core.listed = summaries(core, 25)
+    got, token, sizes = [], "", []
+    while True:
+        page = frontend.control.ListRequests(pb.ListRequestsRequest(page_size=10, page_token=token))
+        got += [request.request_id for request in page.requests]
+        sizes.append(len(page.requests))
+        token = page.next_page_token
+        if not token:
+            break
+        assert not token.isdigit(), "nobody should reckon with it"
+    assert got == [f"r-{i}" for i in range(25)] and sizes == [10, 10, 5]
+
+
+@pytest.mark.parametrize(("asked", "limit"), [(None, 100), (1, 1), (1000, 1000)])
+def test_the_page_size_reaches_the_core(asked: int | None, limit: int, core: FakeCore, frontend: Frontend) -> None:
+    frontend.control.ListRequests(pb.ListRequestsRequest(page_size=asked))
+    assert core.wait_for(ListQuery).limit == limit
+
+
+@pytest.mark.parametrize("size", [0, 1001])
+def test_a_page_size_out_of_range_is_refused(size: int, core: FakeCore, frontend: Frontend) -> None:
+    error = refused(lambda: frontend.control.ListRequests(pb.ListRequestsRequest(page_size=size)))
+    assert error.code() is grpc.StatusCode.INVALID_ARGUMENT and bad_field(error) == "page_size"
+
+
+@pytest.mark.parametrize("token", ["x", "10", "====", "é", "AAAAAAAAAA==", "_________-8="])
+def test_a_page_token_of_ones_own_is_refused(token: str, core: FakeCore, frontend: Frontend) -> None:
+    error = refused(lambda: frontend.control.ListRequests(pb.ListRequestsRequest(page_token=token)))
+    assert error.code() is grpc.StatusCode.INVALID_ARGUMENT and bad_field(error) == "page_token"
+
+
+# ------------------------------------------------------------------------------------------------------------- explain
+
+
+def explanation(core: FakeCore, **changes: object) -> Explanation:
+    started = core.facts.started_ns
+    fields: dict[str, object] = dict(
+        request_id="why",
+        state="waiting",
+        tenant="team-a",
+        priority=3,
+        arrival_ns=started + 10 * MS,
+        now_ns=started + 50 * MS,
+        hindrance=Hindrance.BLOCKS,
+        rank=2,
+        missing_rows=3,
+        missing_blocks=4,
+        needed_blocks=5,
+        tenant_tokens=600,
+        least_tenant_tokens=500,
+        predicted_start_ns=started + 90 * MS,
+        num_prompt_tokens=11,
+        num_output_tokens=12,
+        num_computed_tokens=13,
+        preemptions=(Preemption(started + 20 * MS, "other", 64, True), Preemption(started + 30 * MS, "", 7, False)),
+        stats=RequestStats(11, 8, 12, 9, 2, 21, 22, 23, 24, 25, 26 * 10**9),
+        text="Waiting: 2 go first.",
+    )
+    return Explanation(**fields | changes)  # type: ignore[arg-type]
+
+
+def explain(frontend: Frontend, request_id: str = "why") -> pb.ExplainRequestResponse:
+    return frontend.control.ExplainRequest(pb.ExplainRequestRequest(request_id=request_id), timeout=PATIENCE_S)
+
+
+def test_all_of_an_explanation_is_told(core: FakeCore, frontend: Frontend) -> None:
+    core.explanations["why"] = explanation(core)
+    told = explain(frontend)
+    assert (told.request_id, told.state, told.tenant) == ("why", pb.REQUEST_STATE_WAITING, "team-a")
+    assert told.priority == generation_pb2.PRIORITY_CLASS_INTERACTIVE
+    assert (told.arrival_ns, told.now_ns, told.predicted_start_ns) == (10 * MS, 50 * MS, 90 * MS)
+    assert (told.hindrance, told.rank) == (pb.HINDRANCE_BLOCKS, 2)
+    assert (told.missing_rows, told.missing_blocks, told.needed_blocks) == (3, 4, 5)
+    assert (told.tenant_tokens, told.least_tenant_tokens, told.computed_tokens) == (600, 500, 13)
+    first, second = told.preemptions
+    assert (first.at_ns, first.by_request_id, first.lost_tokens, first.swapped) == (20 * MS, "other", 64, True)
+    assert (second.at_ns, second.by_request_id, second.lost_tokens, second.swapped) == (30 * MS, "", 7, False)
+    usage, timing = told.usage, told.timing
+    assert (usage.prompt_tokens, usage.cached_tokens, usage.output_tokens, usage.recomputed_tokens) == (11, 8, 12, 9)
+    assert (timing.queued_ns, timing.prefill_ns, timing.decode_ns, timing.preempted_ns) == (21, 22, 23, 24)
+    assert (timing.time_to_first_token_ns, timing.preemptions, timing.block_seconds) == (25, 2, 26.0)
+    assert told.text == "Waiting: 2 go first." and not told.HasField("finish_reason")
+
+
+def test_what_is_not_known_is_absent(core: FakeCore, frontend: Frontend) -> None:
+    core.explanations["why"] = explanation(core, predicted_start_ns=-1)
+    assert not explain(frontend).HasField("predicted_start_ns")
+
+
+@pytest.mark.parametrize("hindrance", Hindrance)
+def test_every_hindrance_has_its_name(hindrance: Hindrance, core: FakeCore, frontend: Frontend) -> None:
+    core.explanations["why"] = explanation(core, hindrance=hindrance)
+    assert explain(frontend).hindrance == pb.Hindrance.Value(f"HINDRANCE_{hindrance.name}")
+
+
+@pytest.mark.parametrize("state", ["waiting", "running", "preempted", "ended"])
+def test_every_state_has_its_name(state: str, core: FakeCore, frontend: Frontend) -> None:
+    core.explanations["why"] = explanation(core, state=state, end_reason="deadline" if state == "ended" else "")
+    told = explain(frontend)
+    assert told.state == pb.RequestState.Value(f"REQUEST_STATE_{state.upper()}")
+    assert told.finish_reason == (generation_pb2.FINISH_REASON_DEADLINE if state == "ended" else 0)
+
+
+def test_an_unknown_request_is_not_found(core: FakeCore, frontend: Frontend) -> None:
+    error = refused(lambda: explain(frontend, "nobody"))
+    assert error.code() is grpc.StatusCode.NOT_FOUND and "'nobody'" in error.details()
+
+
+@pytest.mark.parametrize("request_id", ["", "x" * 129])
+def test_an_id_that_can_not_be_one_is_refused(request_id: str, core: FakeCore, frontend: Frontend) -> None:
+    error = refused(lambda: explain(frontend, request_id))
+    assert error.code() is grpc.StatusCode.INVALID_ARGUMENT and bad_field(error) == "request_id"
+
+
+@pytest.mark.parametrize(
+    "ask",
+    [
+        lambda frontend: frontend.control.ListRequests.future(pb.ListRequestsRequest()),
+        lambda frontend: frontend.control.SetPolicy.future(pb.SetPolicyRequest(policy="static")),
+    ],
+)
+def test_questions_overtake_each_other_unharmed(
+    ask: Callable[[Frontend], grpc.Future], core: FakeCore, frontend: Frontend
+) -> None:
+    core.explanations["why"] = explanation(core)
+    others = [ask(frontend) for _ in range(20)]
+    assert explain(frontend).text
+    assert all(other.result(PATIENCE_S) is not None for other in others)

@@ -1,0 +1,208 @@
+"""Attention of single queries, each with a context of its own: three ways to compute it on a CPU, the best first. Compiled
+and sparse read the blocks where they lie; gathered, the slowest, can do whatever torch can.
+
+Legend: N queries, R rows, W blocks of the widest table, P pieces, S sums, H query heads, K key-value heads, G = H / K, D head
+size, L tokens of the longest context of a group.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor
+
+from worker import compiled
+from worker.attention.base import AttentionInputs
+from worker.attention.torch_paged import TorchPagedAttention
+
+I64 = NDArray[np.int64]
+
+
+@dataclass(slots=True)
+class Queries:
+    """Query i is token `token[i]` of the step; it sees the first `length[i]` tokens of the row whose blocks are
+    `tables[row[i]]`."""
+
+    token: I64  # [N]
+    row: I64  # [N]
+    length: I64  # [N], at least 1
+    tables: NDArray[np.int32]  # [R, W]
+    num_tokens: int  # of the step
+
+
+class Singles(Protocol):
+    """Worked out once a step, used by all layers."""
+
+    @classmethod
+    def of(cls, queries: Queries, num_heads: int, kv_layer: Tensor) -> Singles | None:
+        """None: it can't, for this dtype or these sizes, or what it needs is not installed."""
+
+    def attend(self, q_THD: Tensor, kv_layer: Tensor, scale: float) -> Tensor:
+        """[T, H, D], with the queries' results in their places and anything elsewhere; it is the caller's to write to."""
+
+
+# ---------------------------------------------------------------------------------------------------------------- compiled
+
+
+_ALONE = 1 << 18  # bytes of keys and values that are read sooner by one thread than by waking another
+
+
+class CompiledSingles:
+    """By worker.compiled.attention: each block is read once, for all heads that share it."""
+
+    def __init__(self, queries: Queries, shape: Any, kv_layer: Tensor) -> None:
+        from worker.compiled.attention import Field, kernel
+
+        self._kernel, self._queries, self._shape = kernel(shape), queries, shape
+        self._pieces_P, self._sums_S, num_rows = _cut(queries, shape.piece)
+        self._weights = torch.empty(num_rows, shape.num_heads, 2)
+        self._num_rows = num_rows
+        per_token = 2 * shape.num_kv_heads * shape.head_dim * kv_layer.element_size()
+        self._threads = torch.get_num_threads() if int(queries.length.sum()) * per_token > _ALONE else 1
+        self._fields, self._arguments = Field, np.zeros(Field.COUNT, np.int64)
+        self._arguments[Field.TABLES] = queries.tables.ctypes.data
+        self._arguments[Field.TABLE_STRIDE] = queries.tables.strides[0] // queries.tables.itemsize
+        self._arguments[Field.PIECES] = self._pieces_P.ctypes.data
+        self._arguments[Field.SUMS] = self._sums_S.ctypes.data
+        self._arguments[Field.WEIGHTS] = self._weights.data_ptr()
+
+    @classmethod
+    def of(cls, queries: Queries, num_heads: int, kv_layer: Tensor) -> CompiledSingles | None:
+        if not compiled.available() or kv_layer.device.type != "cpu":
+            return None
+        from worker.compiled.attention import Shape
+
+        _, _, num_kv_heads, block_size, head_dim = kv_layer.shape
+        kind = str(kv_layer.dtype).removeprefix("torch.")
+        shape = Shape(num_heads, num_kv_heads, head_dim, block_size, kind)
+        return cls(queries, shape, kv_layer) if shape.fits else None
+
+    def attend(self, q_THD: Tensor, kv_layer: Tensor, scale: float) -> Tensor:
+        _, num_heads, head_dim = q_THD.shape
+        assert kv_layer.is_contiguous() and num_heads == self._shape.num_heads
+        queries_THD = q_THD.float()
+        if queries_THD.stride()[1:] != (head_dim, 1):
+            queries_THD = queries_THD.contiguous()
+        out = torch.empty(self._num_rows, num_heads, head_dim)
+        arguments, field = self._arguments, self._fields
+        arguments[field.QUERIES], arguments[field.QUERY_STRIDE] = queries_THD.data_ptr(), queries_THD.stride(0)
+        arguments[field.KEYS], arguments[field.VALUES] = kv_layer[0].data_ptr(), kv_layer[1].data_ptr()
+        arguments[field.OUT] = out.data_ptr()
+        arguments[field.SCALE] = np.float32(scale).view(np.int32)
+        self._kernel(arguments, (len(self._pieces_P), len(self._sums_S)), self._threads)
+        return out[: self._queries.num_tokens].to(q_THD.dtype)
+
+
+def _cut(queries: Queries, piece: int) -> tuple[I64, I64, int]:
+    """The pieces [P, 6] and sums [S, 3] as worker.compiled.attention has them, the longest pieces first (they are taken in that
+    order), and the rows of the results: those of the step's tokens, then those of the pieces of longer contexts."""
+    count_N = -(-queries.length // piece)
+    query_P = np.repeat(np.arange(len(count_N)), count_N)
+    first_P = (np.arange(len(query_P)) - np.repeat(np.cumsum(count_N) - count_N, count_N)) * piece
+    length_P = np.minimum(queries.length[query_P] - first_P, piece)
+    several_P = count_N[query_P] > 1
+    out_P = np.where(several_P, queries.num_tokens + np.cumsum(several_P) - 1, queries.token[query_P])
+    pieces = np.stack((queries.token[query_P], queries.row[query_P], first_P, length_P, out_P), axis=1)
+    several = np.flatnonzero(count_N > 1)
+    first_S = queries.num_tokens + np.cumsum(count_N[several]) - count_N[several]
+    sums = np.stack((queries.token[several], first_S, count_N[several]), axis=1)
+    pieces = np.ascontiguousarray(pieces[np.argsort(-length_P, kind="stable")], np.int64)
+    return pieces, np.ascontiguousarray(sums, np.int64), queries.num_tokens + int(several_P.sum())
+
+
+# ------------------------------------------------------------------------------------------------------------------ sparse
+
+
+@dataclass(slots=True)
+class _Group:
+    tokens: Tensor  # [N]
+    pattern: Tensor  # [N · H, slots of the layer] compressed rows: which keys each query head sees, L of them in each row
+    begins: Tensor  # [N · H] 0, L, 2 L, …
+    bias: Tensor  # [N · H, L] −inf past a row's own length
+    places: Tensor  # [N · H · L] the same keys, as rows of [slots, D]
+
+
+class SparseSingles:
+    """By torch's sparse products. The scores are those entries of q kᵀ at which a query sees a key (sampled_addmm), and the
+    weighted sums of values are bags of an embedding table (embedding_bag); neither copies a block. Queries of about the same
+    length make a group, padded to its longest with their own first key."""
+
+    def __init__(self, queries: Queries, num_heads: int, kv_layer: Tensor) -> None:
+        self._num_tokens = queries.num_tokens
+        self._groups = [_group(queries, members, num_heads, kv_layer) for members in _alike(queries.length)]
+
+    @classmethod
+    def of(cls, queries: Queries, num_heads: int, kv_layer: Tensor) -> SparseSingles | None:
+        fits = kv_layer.device.type == "cpu" and kv_layer.dtype == torch.float32
+        return cls(queries, num_heads, kv_layer) if fits else None
+
+    def attend(self, q_THD: Tensor, kv_layer: Tensor, scale: float) -> Tensor:
+        _, num_heads, head_dim = q_THD.shape
+        out_THD = q_THD.new_empty(self._num_tokens, num_heads, head_dim)
+        keys, values = (part.view(-1, head_dim) for part in kv_layer)
+        for group in self._groups:
+            q_XD = q_THD[group.tokens].view(-1, head_dim)
+            scores = torch.sparse.sampled_addmm(group.pattern, q_XD, keys.t(), beta=0.0, alpha=scale)
+            weights = torch.softmax(scores.values().view(group.bias.shape).add_(group.bias), dim=-1)
+            sums = F.embedding_bag(group.places, values, group.begins, mode="sum", per_sample_weights=weights.flatten())
+            out_THD[group.tokens] = sums.view(-1, num_heads, head_dim)
+        return out_THD
+
+
+def _alike(length: I64) -> Iterator[I64]:
+    """Queries in groups whose longest is at most a quarter longer than its shortest."""
+    order = np.argsort(length, kind="stable")
+    at, in_order = 0, length[order]
+    while at < len(order):
+        end = int(np.searchsorted(in_order, in_order[at] + max(16, in_order[at] // 4), "right"))
+        yield order[at:end]
+        at = end
+
+
+def _group(queries: Queries, members: I64, num_heads: int, kv_layer: Tensor) -> _Group:
+    _, num_blocks, num_kv_heads, block_size, _ = kv_layer.shape
+    length_N1 = queries.length[members][:, None]
+    longest = int(length_N1.max())
+    seen_NL = np.arange(longest) < length_N1
+    position_NL = np.where(seen_NL, np.arange(longest), 0)
+    block_NL = queries.tables[queries.row[members][:, None], position_NL // block_size].astype(np.int64)
+    head_H1 = np.arange(num_heads)[:, None] // (num_heads // num_kv_heads)
+    place_NHL = (block_NL[:, None] * num_kv_heads + head_H1) * block_size + (position_NL % block_size)[:, None]
+    num_slots, rows = num_blocks * num_kv_heads * block_size, len(members) * num_heads
+    index = torch.int32 if max(num_slots, place_NHL.size) < 2**31 else torch.int64
+    places = torch.from_numpy(place_NHL.ravel()).to(index)
+    begins = torch.arange(rows + 1, dtype=index) * longest
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that compressed rows are in beta
+        pattern = torch.sparse_csr_tensor(begins, places, torch.zeros(len(places)), (rows, num_slots), check_invariants=False)
+    bias_NL = torch.zeros(seen_NL.shape).masked_fill_(torch.from_numpy(~seen_NL), -torch.inf)
+    bias = bias_NL[:, None].expand(-1, num_heads, -1).reshape(rows, longest)
+    return _Group(torch.from_numpy(queries.token[members]), pattern, begins[:-1], bias, places)
+
+
+# ---------------------------------------------------------------------------------------------------------------- gathered
+
+
+class GatheredSingles:
+    """By the paged attention that any device has (torch_paged.py), each query as a row of one token."""
+
+    def __init__(self, queries: Queries) -> None:
+        length, token = queries.length.astype(np.int32), torch.from_numpy(queries.token)
+        starts = np.arange(len(length) + 1, dtype=np.int32)
+        self._inputs = AttentionInputs.of(starts, length, queries.tables[queries.row], np.zeros(len(length), np.int64))
+        self._tokens, self._num_tokens, self._attention = token, queries.num_tokens, TorchPagedAttention()
+
+    @classmethod
+    def of(cls, queries: Queries, num_heads: int, kv_layer: Tensor) -> GatheredSingles:
+        return cls(queries)
+
+    def attend(self, q_THD: Tensor, kv_layer: Tensor, scale: float) -> Tensor:
+        out_THD = q_THD.new_empty(self._num_tokens, *q_THD.shape[1:])
+        return out_THD.index_copy_(0, self._tokens, self._attention.attend(q_THD[self._tokens], kv_layer, self._inputs, scale))

@@ -1,0 +1,113 @@
+"""Products of activations with a weight matrix: how the matrix lies in memory, and what multiplies with it.
+
+On a CPU the matrix is packed once, as oneDNN wants it, and the one that came in is dropped: a step of few rows is bound by
+reading the weights, and so is no slower on matrices that are read in the order in which they lie. int8 takes a quarter of the
+memory, and of the time to read it. Everything else multiplies with the matrix as it is. Knows no layer and no model.
+
+Legend: T rows of activations, I inputs, O outputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Product = Callable[[Tensor], Tensor]  # [T, I] -> [T, O], in the activations' dtype
+
+QUANTIZATIONS = ("none", "int8")
+
+_PACKED_FOR = 64  # rows that oneDNN lays the matrix out for; it multiplies with any number, and 16 to 512 differ by 3%
+_FEWEST_ROWS = 4  # fewer are padded: oneDNN takes longer for one or two rows than for four (31 against 40 µs, 960×576)
+_LEAST_SCALE = 1e-30  # of a row of zeros
+
+
+def product(weight_OI: Tensor, bias_O: Tensor | None, quantization: str) -> Product:
+    """The fastest that this device has for the matrix; the tensor is not kept where a packed one takes its place."""
+    assert quantization in QUANTIZATIONS
+    if quantization == "int8":
+        return Int8Product(weight_OI, bias_O)
+    if weight_OI.device.type == "cpu" and can_pack(weight_OI.dtype):
+        return PackedProduct(weight_OI, bias_O)
+    return PlainProduct(weight_OI, bias_O)
+
+
+def can_pack(dtype: torch.dtype) -> bool:
+    """Whether oneDNN multiplies with packed matrices of this dtype on this processor."""
+    if not torch.backends.mkldnn.is_available():
+        return False
+    if dtype == torch.bfloat16:
+        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    if dtype == torch.float16:
+        return bool(torch.ops.mkldnn._is_mkldnn_fp16_supported())
+    return dtype == torch.float32
+
+
+class PlainProduct:
+    """x Wᵀ + b. The slow twin of the packed one."""
+
+    def __init__(self, weight_OI: Tensor, bias_O: Tensor | None) -> None:
+        self._weight_OI, self._bias_O = weight_OI, bias_O
+
+    def __call__(self, x_TI: Tensor) -> Tensor:
+        return F.linear(x_TI, self._weight_OI, self._bias_O)
+
+
+class PackedProduct:
+    """The same with a matrix that oneDNN has packed."""
+
+    def __init__(self, weight_OI: Tensor, bias_O: Tensor | None) -> None:
+        self._packed = torch.ops.mkldnn._reorder_linear_weight(weight_OI, _PACKED_FOR)
+        self._bias_O = bias_O
+
+    def __call__(self, x_TI: Tensor) -> Tensor:
+        rows = len(x_TI)
+        if rows < _FEWEST_ROWS - 1:
+            x_TI = F.pad(x_TI, (0, 0, 0, _FEWEST_ROWS - rows))
+        y_TO = torch.ops.mkldnn._linear_pointwise(x_TI, self._packed, self._bias_O, "none", [], "")
+        return y_TO[:rows]
+
+
+class Int8Product:
+    """x Wᵀ + b in 8-bit integers: a scale for each row of the matrix, and one for each row of activations that is found as the
+    row comes (LLM.int8(), arXiv:2208.07339, section 2.1). A scale for all rows of a step would be found faster, but then a
+    request's tokens would depend on its neighbours. The integers are multiplied and added up exactly."""
+
+    def __init__(self, weight_OI: Tensor, bias_O: Tensor | None) -> None:
+        assert weight_OI.device.type == "cpu" and torch.backends.mkldnn.is_available()
+        quantized_OI, self._scale_O = quantize_weight(weight_OI)
+        self._zero_O = torch.zeros(len(quantized_OI), dtype=torch.int32)
+        self._packed = torch.ops.onednn.qlinear_prepack(quantized_OI, [_PACKED_FOR, quantized_OI.shape[1]])
+        self._bias_O = bias_O
+
+    def __call__(self, x_TI: Tensor) -> Tensor:
+        quantized_TI, scale_T1 = quantize_rows(x_TI)
+        y_TO = torch.ops.onednn.qlinear_pointwise(
+            quantized_TI, 1.0, ZERO, self._packed, self._scale_O, self._zero_O, None, 1.0, 0, torch.float32, "none", [], ""
+        )
+        y_TO = y_TO.mul_(scale_T1) if self._bias_O is None else torch.addcmul(self._bias_O, y_TO, scale_T1)
+        return y_TO.to(x_TI.dtype)
+
+
+# Activations are unsigned, as the instructions want them, around a zero of 128. The older instruction (AVX2, AVX512 without
+# VNNI) adds two products up in 16 bits, which seven-bit activations do not overflow: 2 · 127 · 127 < 2¹⁵.
+ZERO = 128
+LEVELS = 127 if torch.cpu._is_vnni_supported() else 63
+_WEIGHT_LEVELS = 127
+
+
+def quantize_weight(weight_OI: Tensor) -> tuple[Tensor, Tensor]:
+    """w ≈ scale · q with q in −127..127, int8, and a scale for each row, float32."""
+    weight_OI = weight_OI.float()
+    scale_O1 = weight_OI.abs().amax(dim=1, keepdim=True).clamp_(min=_LEAST_SCALE).div_(_WEIGHT_LEVELS)
+    return (weight_OI / scale_O1).round_().to(torch.int8), scale_O1[:, 0].contiguous()
+
+
+def quantize_rows(x_TI: Tensor) -> tuple[Tensor, Tensor]:
+    """x ≈ scale · (q − 128) with q in 1..255, uint8, and a scale for each row, [T, 1] float32. NaN stays in its row: its scale
+    is NaN then."""
+    x_TI = x_TI.float()
+    scale_T1 = torch.linalg.vector_norm(x_TI, torch.inf, dim=1, keepdim=True).clamp_(min=_LEAST_SCALE).div_(LEVELS)
+    return (x_TI / scale_T1).add_(ZERO + 0.5).to(torch.uint8), scale_T1
