@@ -14,6 +14,7 @@ from bench.scenario import Outcome, Scenario
 CRITERIA = ("goodput", "ttft")
 LEAST_GOOD_SHARE = 0.9
 _PRECISION = 1.02  # between the last rate that holds and the first that does not
+_MOST_DOUBLINGS = 6  # then the requests are too few to find a limit
 _SATURATING = 2000  # requests that come at once, to see how fast they can be served
 
 Try: TypeAlias = Callable[[Scenario], Outcome]
@@ -54,8 +55,11 @@ def capacity(scenario: Scenario, criterion: str, run: Try, most: float) -> Capac
         return tried[rate]
 
     low, high = 0.0, most
-    while good(high) and len(tried) < 6:  # a short run can be served above the lasting rate
+    while good(high):  # a short run can be served above the lasting rate
         low, high = high, 2 * high
+        if len(tried) == _MOST_DOUBLINGS:
+            high = low
+            break
     floor = most / 256
     while not low and high > floor:  # the first rate that holds, by large steps
         middle = high / 4

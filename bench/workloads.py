@@ -63,8 +63,8 @@ class Independent:
 
 @dataclass(frozen=True)
 class Continuing:
-    """Lengths as given, and `repeated` of all prompt tokens were in an earlier prompt or reply: many requests continue one of
-    the latest sessions, whose whole text begins their prompt. Every arrival has its own time, as in a trace."""
+    """Lengths as given, and `repeated` of all prompt tokens were in an earlier prompt: many requests continue one of the latest
+    sessions, whose whole text begins their prompt. Every arrival has its own time, as in a trace."""
 
     name: str
     prompt: Lengthy
@@ -83,23 +83,23 @@ class Continuing:
             strict=False,
         )
         picks = stream(Uniform(0, self.sessions - 1).draw, choices)
-        latest: deque[tuple[int, tuple[Part, ...]]] = deque(maxlen=self.sessions)  # (tokens, text)
+        latest: deque[tuple[int, int, tuple[Part, ...]]] = deque(maxlen=self.sessions)  # (tokens, of the reply, text)
         seen = all_tokens = 0
         for number, (arrival_ns, length, output) in enumerate(islice(drawn, count), _first_key(seed)):
             text: tuple[Part, ...] = ()
-            before = 0
+            before = reply = 0
             if latest and seen < self.repeated * all_tokens:
-                before, text = max(
+                before, reply, text = max(
                     (latest[pick % len(latest)] for pick in islice(picks, 8)),
                     key=lambda session: session[0] if session[0] < length else -1,
                 )
                 if before >= length:
-                    before, text = 0, ()
+                    before, reply, text = 0, 0, ()
                 else:
-                    latest.remove((before, text))
+                    latest.remove((before, reply, text))
             prompt = (*text, Part(number, length - before))
-            seen, all_tokens = seen + before, all_tokens + length
-            latest.append((length + output, (*prompt, Part(REPLY, output))))
+            seen, all_tokens = seen + before - reply, all_tokens + length
+            latest.append((length + output, output, (*prompt, Part(REPLY, output))))
             yield Job(arrival_ns, prompt, output)
 
 

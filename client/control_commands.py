@@ -131,10 +131,11 @@ def _facts(told: control_pb2.ExplainRequestResponse) -> Iterator[tuple[str, str]
     yield "class, tenant", f"{_class(told.priority)}, {told.tenant or '-'}"
     yield "arrived", f"{_time(told.now_ns - told.arrival_ns)} ago"
     yield "hindered by", _hindrance(told)
-    yield "tenant was served", f"{told.tenant_tokens} weighted tokens; who is next: {told.least_tenant_tokens}"
+    if told.state in (control_pb2.REQUEST_STATE_WAITING, control_pb2.REQUEST_STATE_PREEMPTED):
+        yield "tenant was served", f"{told.tenant_tokens} weighted tokens; who is next: {told.least_tenant_tokens}"
     if told.HasField("predicted_start_ns"):
         wait_ns = told.predicted_start_ns - told.now_ns
-        yield "predicted start", f"in {_time(wait_ns)}" if wait_ns > 0 else f"{_time(-wait_ns)} ago"
+        yield ("should start", f"in {_time(wait_ns)}") if wait_ns > 0 else ("started", f"{_time(-wait_ns)} ago")
     yield "tokens", f"prompt {usage.prompt_tokens} ({usage.cached_tokens} cached), output {usage.output_tokens}"
     yield "tokens in the cache", f"{told.computed_tokens}, {usage.recomputed_tokens} computed again"
     yield "queued", _time(timing.queued_ns)
@@ -144,17 +145,14 @@ def _facts(told: control_pb2.ExplainRequestResponse) -> Iterator[tuple[str, str]
 
 
 def _hindrance(told: control_pb2.ExplainRequestResponse) -> str:
-    missing = [
-        f"{count} {what}"
-        for count, what in (
-            (told.rank, "requests go first"),
-            (told.missing_rows, "rows missing"),
-            (told.missing_blocks, f"of {told.needed_blocks} blocks missing"),
-        )
-        if count
-    ]
-    name = control_pb2.Hindrance.Name(told.hindrance).removeprefix("HINDRANCE_").lower()
-    return f"{name}: {', '.join(missing)}" if missing else name
+    said = [control_pb2.Hindrance.Name(told.hindrance).removeprefix("HINDRANCE_").lower()]
+    if told.rank:
+        said.append(f"{told.rank} before it")
+    if told.missing_rows:
+        said.append(f"missing rows: {told.missing_rows}")
+    if told.missing_blocks:
+        said.append(f"missing blocks: {told.missing_blocks} of {told.needed_blocks}")
+    return "; ".join(said)
 
 
 def _preemption_row(preemption: control_pb2.Preemption, told: control_pb2.ExplainRequestResponse) -> Sequence[object]:
@@ -225,7 +223,9 @@ def _reason(reason: generation_pb2.FinishReason.ValueType) -> str:
 
 
 def _time(ns: int) -> str:
-    return f"{ns / _SECOND:.1f} s" if ns >= 10 * _SECOND else f"{ns / _MS:.0f} ms"
+    if ns < _SECOND:
+        return f"{ns / _MS:.0f} ms"
+    return f"{ns / _SECOND:.2f} s" if ns < 10 * _SECOND else f"{ns / _SECOND:.1f} s"
 
 
 COMMANDS: tuple[Any, ...] = (policy, requests, explain, blocks)

@@ -176,20 +176,26 @@ class Engine:
     def _answer(self, peer: Peer, message: Message) -> None:
         """Questions about the core, which change nothing in it. Our own fault in an answer leaves the question open."""
         try:
-            match message:
-                case LoadQuery(query_id=query_id):
-                    self._frontends.send(peer, self.core.load(query_id))
-                case ExplainQuery(query_id=query_id, request_id=request_id):
-                    explanation = explain(self.core, request_id, time.monotonic_ns())
-                    self._frontends.send(peer, ExplainReply(query_id, explanation))
-                case ListQuery(query_id=query_id, after=after, limit=limit):
-                    self._frontends.send(peer, list_requests(self.core, query_id, after, limit))
-                case BlockTablesQuery(query_id=query_id):
-                    self._frontends.send(peer, block_tables(self.core, query_id))
-                case _:
-                    log.warning("front end %d sent %s, which is not for the core", peer.number, type(message).__name__)
-        except (AssertionError, LookupError, TypeError, ValueError, ArithmeticError):
+            reply = self._reply(message)
+        except Exception:
             log.exception("%s could not be answered", type(message).__name__)
+            return
+        if reply is None:
+            log.warning("front end %d sent %s, which is not for the core", peer.number, type(message).__name__)
+        else:
+            self._frontends.send(peer, reply)
+
+    def _reply(self, message: Message) -> Message | None:
+        match message:
+            case LoadQuery(query_id=query_id):
+                return self.core.load(query_id)
+            case ExplainQuery(query_id=query_id, request_id=request_id):
+                return ExplainReply(query_id, explain(self.core, request_id, time.monotonic_ns()))
+            case ListQuery(query_id=query_id, after=after, limit=limit):
+                return list_requests(self.core, query_id, after, limit)
+            case BlockTablesQuery(query_id=query_id):
+                return block_tables(self.core, query_id)
+        return None
 
     def _set_policy(self, peer: Peer, query_id: int, name: str) -> None:
         error = self._inputs.set_policy(name, time.monotonic_ns())

@@ -56,7 +56,11 @@ def place_of(core: Core, sequence: Sequence) -> Place | None:
     place.num_computed = place.num_hits * kv.block_size
     wanted = min(num_prompt, num_tokens - 1)
     if len(request.sequences) > 1 and request.num_running and place.num_computed < wanted:
-        siblings = [sibling.slot for sibling in request.sequences if sibling.state is State.RUNNING]
+        siblings = [
+            sibling.slot
+            for sibling in request.sequences
+            if sibling.state is State.RUNNING and not core.starts_now(sibling.slot)
+        ]
         source = next((slot for slot in siblings if core.rows.num_computed[slot] >= wanted), -1)
         if source >= 0:
             place.shared = kv.tables.row(source)[: kv.blocks_for(wanted)].copy()

@@ -610,6 +610,10 @@ class Core:
         held = slot >= 0 and self.rows.sequences[slot] is sequence
         return int(self.rows.num_outputs[slot]) if held else len(sequence.outputs)
 
+    def starts_now(self, slot: int) -> bool:
+        """Whether the row starts with the plan being made: what it copies is nobody's source yet."""
+        return slot in self._starts
+
     def has_handle(self, frontend: int, handle: int) -> bool:
         return (frontend, handle) in self._by_handle
 

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Callable, Iterator
-from typing import Generic, Protocol, TypeVar
+from typing import Generic, Protocol, TypeAlias, TypeVar
 
 import numpy as np
 
@@ -26,8 +26,10 @@ from scheduler.core.config import CoreConfig
 from scheduler.core.tenants import I64, Tenants
 
 PRIORITIES = (3, 2, 1)  # INTERACTIVE, NORMAL, BATCH
-_EXACT_RANK = 100  # up to so many admissions ahead are played through; more are estimated
+_EXACT_RANK = 100  # up to so many admissions ahead are played through, more are estimated …
+_EXACT_WAITING = 1_000  # … and all where more wait
 _BUCKET_NS = 1 << 29  # about half a second: grain in which tokens ahead by order_ns are counted
+_REPAIRS = 8  # entries put right at a time, and one for each 128 tenants, before the tenants are scanned
 _GARBAGE = 16  # stale entries a heap may hold besides as many as it has live ones
 
 
@@ -52,6 +54,9 @@ class Waiting(Protocol):
 
 
 R = TypeVar("R", bound=Waiting)
+
+
+_Entry: TypeAlias = tuple[int, int, int]  # counter, sequence_id, tenant
 
 
 class _Line:
@@ -101,14 +106,20 @@ class _Lines:
     """The tenants' lines, and which tenant's first goes first: the least (counter, sequence_id of its first).
 
     An entry of the heap may be smaller than what holds now, since counters only grow; then it is put right when it comes to
-    the front. Each putting right pays for at least one charge, or one change of a line, since the last."""
+    the front, which pays for a charge, or a change of a line, since the last time. Where many tenants both run and wait, all
+    their counters grow at every step: after a few entries put right the least is found by a vector operation over the
+    tenants instead."""
 
     def __init__(self, counters: Callable[[], I64] | None, passed: dict[int, None]) -> None:
         self.counters = counters  # None: by sequence_id alone
         self.passed = passed
         self.lines: dict[int, _Line] = {}
-        self.entered: dict[int, tuple[int, int, int]] = {}  # tenant -> its entry in the heap; what is not here is stale
-        self.heap: list[tuple[int, int, int]] = []  # (counter, sequence_id, tenant)
+        self.entered: dict[int, _Entry] = {}  # tenant -> its entry in the heap; what is not here is stale
+        self.heap: list[_Entry] = []
+        self.places: dict[int, int] = {}  # tenant -> where it stands in the columns
+        self.tenants: I64 = np.zeros(16, np.int64)  # [:len(places)] of those not passed over
+        self.firsts: I64 = np.zeros(16, np.int64)  # sequence_id of its first
+        self.repairs = _REPAIRS
         self.num_looked_at = 0  # entries of the heap, since the start; for tests of the cost
 
     def push(self, tenant: int, order: int, sequence_id: int) -> None:
@@ -125,11 +136,11 @@ class _Lines:
             self._enter(tenant, line)
         else:
             del self.lines[tenant]
-            self.entered.pop(tenant, None)
+            self.pass_over(tenant)
 
-    def first(self) -> int | None:
-        """Sequence_id of who is next; None when nobody is in line but those passed over."""
-        heap, entered = self.heap, self.entered
+    def first(self) -> _Entry | None:
+        """Who is next; None when nobody is in line but those passed over."""
+        heap, entered, repairs = self.heap, self.entered, 0
         while heap:
             self.num_looked_at += 1
             entry = heap[0]
@@ -139,17 +150,21 @@ class _Lines:
                 continue
             now = self._key(tenant, self.lines[tenant])
             if now == entry:
-                return now[1]
+                return entry
+            if repairs >= self.repairs + len(entered) // 128:
+                return self._scan()
             heapq.heapreplace(heap, now)
             entered[tenant] = now
+            repairs += 1
         return None
 
-    def least(self) -> int | None:
-        """The least counter of those in line and not passed over."""
-        return None if self.first() is None else self.heap[0][0]
-
     def pass_over(self, tenant: int) -> None:
-        self.entered.pop(tenant, None)
+        if self.entered.pop(tenant, None) is not None:
+            place, last = self.places.pop(tenant), len(self.places)
+            if place < last:
+                moved = int(self.tenants[last])
+                self.tenants[place], self.firsts[place] = moved, self.firsts[last]
+                self.places[moved] = place
 
     def resume(self, tenant: int) -> None:
         if tenant in self.lines:
@@ -158,24 +173,45 @@ class _Lines:
     def copy(self, counters: Callable[[], I64] | None, passed: dict[int, None]) -> _Lines:
         twin = _Lines(counters, passed)
         twin.lines = {tenant: line.copy() for tenant, line in self.lines.items()}
-        twin.entered, twin.heap = self.entered.copy(), self.heap.copy()
+        twin.entered, twin.heap, twin.places = self.entered.copy(), self.heap.copy(), self.places.copy()
+        twin.tenants, twin.firsts = self.tenants.copy(), self.firsts.copy()
         return twin
 
-    def _key(self, tenant: int, line: _Line) -> tuple[int, int, int]:
+    def _key(self, tenant: int, line: _Line) -> _Entry:
         counter = 0 if self.counters is None else int(self.counters()[tenant])
         return (counter, line.first(), tenant)
 
     def _enter(self, tenant: int, line: _Line) -> None:
-        """After a change of the line: the heap's entry is never larger than what holds."""
+        """After a change of the line: the heap's entry is never larger than what holds, the column says what holds."""
         if tenant in self.passed:
             return
         key, entered = self._key(tenant, line), self.entered.get(tenant)
+        if entered is None:
+            self._append(tenant)
+        self.firsts[self.places[tenant]] = key[1]
         if entered is None or key < entered:
             self.entered[tenant] = key
             heapq.heappush(self.heap, key)
             if len(self.heap) > 2 * len(self.entered) + _GARBAGE:
                 self.heap = list(self.entered.values())
                 heapq.heapify(self.heap)
+
+    def _append(self, tenant: int) -> None:
+        place = self.places[tenant] = len(self.places)
+        if place == len(self.tenants):
+            self.tenants = np.concatenate([self.tenants, np.zeros(place, np.int64)])
+            self.firsts = np.concatenate([self.firsts, np.zeros(place, np.int64)])
+        self.tenants[place] = tenant
+
+    def _scan(self) -> _Entry:
+        """The least by looking at all tenants; there is one."""
+        count = len(self.places)
+        tenants, firsts = self.tenants[:count], self.firsts[:count]
+        counters = np.zeros(count, np.int64) if self.counters is None else self.counters()[tenants]
+        least = counters.min()
+        ties = (counters == least).nonzero()[0]
+        place = ties[firsts[ties].argmin()]
+        return (int(least), int(firsts[place]), int(tenants[place]))
 
 
 class _Class:
@@ -190,9 +226,17 @@ class _Class:
         self.tenant_tokens: I64 = np.zeros(16, np.int64)  # [tenant] prompt tokens of the new
         self.bucket_tokens: dict[int, dict[int, int]] = {}  # tenant -> order_ns // _BUCKET_NS -> prompt tokens of the new
 
-    def first(self) -> int | None:
-        first = self.returning.first()
-        return self.new.first() if first is None else first
+    def first(self) -> _Entry | None:
+        return self.returning.first() or self.new.first()
+
+    def least(self) -> int | None:
+        """The least counter of the tenants that compete."""
+        first = self.new.first()
+        return None if first is None else first[0]
+
+    @property
+    def num_new_tokens(self) -> int:
+        return self.num_tokens - self.num_returning_tokens
 
     def count_new(self, request: Waiting, sign: int) -> None:
         tenant, bucket, num_tokens = request.tenant, request.order_ns // _BUCKET_NS, sign * request.num_prompt_tokens
@@ -347,8 +391,10 @@ class Queue(Generic[R]):
         return None
 
     def rank(self, request: R) -> int:
-        """How many go before it if nobody comes and nothing but prompts is charged. Exact below 100, an estimate from there on.
-        O(number waiting): for explaining only."""
+        """How many go before it if nobody comes and nothing but prompts is charged. Exact up to 100 where at most 1,000 wait,
+        estimated otherwise. O(number waiting): for explaining only."""
+        if len(self) > _EXACT_WAITING:
+            return self._estimated_rank(request)
         queue = self._copy()
         queue.resume(request.tenant)
         for rank in range(_EXACT_RANK):
@@ -371,7 +417,7 @@ class Queue(Generic[R]):
                 ahead += cls.num_tokens - int(self._new_tokens(cls)[passed].sum())
         cls = self._classes[priority]
         own = cls.own_before(tenant, order_ns)
-        counter = max(int(tenants.served[tenant]), cls.new.least() or 0)
+        counter = max(int(tenants.served[tenant]), cls.least() or 0)
         others = self._new_tokens(cls).copy()
         others[passed] = 0
         others[tenant] = 0
@@ -386,9 +432,10 @@ class Queue(Generic[R]):
     def _class_of(self, request: R) -> _Class:
         return self._classes[request.header.priority]
 
-    def _request(self, sequence_id: int | None) -> R | None:
-        if sequence_id is None:
+    def _request(self, entry: _Entry | None) -> R | None:
+        if entry is None:
             return None
+        sequence_id = entry[1]
         request = self._new.get(sequence_id)
         return self._returning[sequence_id] if request is None else request
 
@@ -403,7 +450,7 @@ class Queue(Generic[R]):
 
     def _lift(self, cls: _Class, tenant: int) -> None:
         """The tenant begins to compete in the class."""
-        floor = cls.new.least()
+        floor = cls.least()
         if floor is None and cls.left is not None:  # alone: at least what the last to leave has by now
             last, counter = cls.left
             floor = max(counter, int(self._tenants.served[last]))
@@ -420,21 +467,22 @@ class Queue(Generic[R]):
         return cls.tenant_tokens
 
     def _estimated_rank(self, request: R) -> int:
-        """Fairness as if all prompts were equally long; without rule 1."""
-        priority, tenant, sequence_id = request.header.priority, request.tenant, request.sequence_id
-        cls, weight = self._classes[priority], self._tenants.weight
-        higher = [self._classes[other] for other in PRIORITIES if other > priority]
-        rank = sum(len(line) for cls in higher for lines in (cls.new, cls.returning) for line in lines.lines.values())
+        """The higher classes, the returning, its tenant's own before it, and of each other tenant of its class as many as
+        counters and weights allow meanwhile if all prompts of the class are equally long. Without rule 1."""
+        tenant, sequence_id, cls = request.tenant, request.sequence_id, self._class_of(request)
+        higher = [self._classes[other] for other in PRIORITIES if other > request.header.priority]
+        rank = sum(len(line) for other in higher for lines in (other.new, other.returning) for line in lines.lines.values())
         returning = [other for line in cls.returning.lines.values() for other in line]
         if sequence_id in self._returning:
-            return rank + sum(other < sequence_id for other in returning)
+            return rank + sum(1 for other in returning if other < sequence_id)
         before = cls.new.lines[tenant].num_before(sequence_id)
-        others = [
-            min(len(line), before * int(weight[other]) // int(weight[tenant]))
-            for other, line in cls.new.lines.items()
-            if other != tenant and other not in self._passed
-        ]
-        return rank + len(returning) + before + sum(others)
+        numbers = {other: len(line) for other, line in cls.new.lines.items() if other != tenant and other not in self._passed}
+        others, number = np.array(list(numbers), np.int64), np.array(list(numbers.values()), np.int64)
+        weights, served = self._tenants.weight, self._tenants.served
+        mean = max(1, cls.num_new_tokens // (int(number.sum()) + len(cls.new.lines[tenant])))
+        credit = np.maximum(served[tenant] - served[others], 0) // (self._tenants.input_units * mean) * weights[others]
+        share = credit + before * weights[others] // weights[tenant]
+        return rank + len(returning) + before + int(np.minimum(number, share).sum())
 
     def _copy(self) -> Queue[R]:
         twin: Queue[R] = object.__new__(Queue)

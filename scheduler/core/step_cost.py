@@ -21,6 +21,10 @@ _SLOW = (
     1.5  # a step that took longer than so many times what was expected counts as that: a hiccup moves a mean by 1/16 at most
 )
 _FAST = 0.5  # one that took less than half shows that the mean was wrong: half way at once
+_STALE = (
+    256  # steps; what costs more than in proportion to the next smaller size and was not seen for so long is doubted: a size
+)
+# that noise made look dear would never be tried again
 _LEVEL_EVERY = 8  # steps between two levellings of the whole table
 _RATES_MEANS = 64  # steps that the means for the rates remember: longer than _MEMORY, whose errors steer the next chunks' sizes
 _RATES_FAR = 0.3  # a step further than this from what was expected is no news of attention
@@ -34,7 +38,7 @@ _GROWTH = 2  # a chunk makes no step larger than twice the largest that was seen
 class _Bucket:
     """Steps of about the same number of tokens: their means. Times in nanoseconds."""
 
-    __slots__ = ("chunk_pairs", "count", "decode_pairs", "duration", "slope", "slow", "tokens")
+    __slots__ = ("chunk_pairs", "count", "decode_pairs", "duration", "last_step", "slope", "slow", "tokens")
 
     def __init__(self, tokens: float, decode_pairs: float, chunk_pairs: float, duration: float) -> None:
         self.count = 1
@@ -42,6 +46,7 @@ class _Bucket:
         self.decode_pairs = decode_pairs
         self.chunk_pairs = chunk_pairs
         self.duration = duration
+        self.last_step = 0  # in which it was seen
         self.slope = 0.0  # of the base there, a token
         self.slow = (tokens, decode_pairs, chunk_pairs, duration)  # means over more steps
 
@@ -96,7 +101,7 @@ class StepCost:
         bucket.decode_pairs += rate * off_decode
         bucket.chunk_pairs += rate * off_chunk
         bucket.duration = mean + rate * (duration - mean)
-        self._steps += 1
+        self._steps = bucket.last_step = self._steps + 1
         if self._steps % _LEVEL_EVERY:
             base = self._own_base(bucket)
             if i and base < self._base[i - 1]:
@@ -184,6 +189,11 @@ class StepCost:
     def _level(self) -> None:
         """Never falling: half way between the largest up to there and the smallest from there. Then the slopes anew."""
         up = [self._own_base(bucket) for bucket in self._buckets]
+        for i in range(1, len(up)):
+            if self._steps - self._buckets[i].last_step > _STALE:
+                above = up[i] - up[i - 1] * self._tokens[i] / self._tokens[i - 1]
+                if above > 0.0:
+                    self._buckets[i].duration -= above / _MEMORY
         down = up.copy()
         for i in range(1, len(up)):
             if up[i] < up[i - 1]:
@@ -207,6 +217,7 @@ class StepCost:
         if i < len(self._base):
             attention = self._decode_ns * bucket.decode_pairs + self._chunk_ns * bucket.chunk_pairs
             bucket.duration = min(bucket.duration, _SLOW * (self._base[i] + attention))
+        bucket.last_step = self._steps
         self._numbers.insert(i, number)
         self._buckets.insert(i, bucket)
         self._tokens.insert(i, bucket.tokens)
@@ -236,12 +247,12 @@ class StepCost:
     def _update_rates(self) -> None:
         dd, dc, cc, dy, cy = self._sums
         both = dd * cc - dc * dc
-        decode = (dy * cc - cy * dc) / both if both > 0.0 else 0.0
-        chunk = (cy * dd - dy * dc) / both if both > 0.0 else 0.0
-        if decode <= 0.0 or chunk <= 0.0:  # at most one of them then
-            alone_decode, alone_chunk = (dy / dd if dd > 0.0 else 0.0), (cy / cc if cc > 0.0 else 0.0)
-            decode, chunk = (0.0, alone_chunk) if chunk > decode else (alone_decode, 0.0)
-        decode, chunk = max(0.0, decode), max(0.0, chunk)
+        decode = (dy * cc - cy * dc) / both if both > 0.0 else -1.0
+        chunk = (cy * dd - dy * dc) / both if both > 0.0 else -1.0
+        if decode < 0.0 or chunk < 0.0:  # the one of them that explains more
+            decode = max(0.0, dy / dd) if dd > 0.0 else 0.0
+            chunk = max(0.0, cy / cc) if cc > 0.0 else 0.0
+            decode, chunk = (decode, 0.0) if decode * dy > chunk * cy else (0.0, chunk)
         share = 0.0  # the largest that attention would have of a bucket's duration
         for bucket in self._buckets:
             share = max(share, (decode * bucket.decode_pairs + chunk * bucket.chunk_pairs) / bucket.duration)

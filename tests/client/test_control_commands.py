@@ -126,14 +126,14 @@ def test_an_explanation_is_a_sentence_and_the_numbers(server, say):
         "state preempted",
         "class, tenant batch, team-a",
         "arrived 20.0 s ago",
-        "hindered by blocks: 2 requests go first, 4 of 9 blocks missing",
+        "hindered by blocks; 2 before it; missing blocks: 4 of 9",
         "tenant was served 600 weighted tokens; who is next: 500",
-        "predicted start in 70 ms",
+        "should start in 70 ms",
         "tokens prompt 40 (32 cached), output 5",
         "tokens in the cache 13, 3 computed again",
         "queued 1 ms",
         "preempted 4 ms, 1 times",
-        "1000 ms ago other 13 swapped to host memory",
+        "1.00 s ago other 13 swapped to host memory",
     ):
         assert part in text, (part, text)
 
@@ -142,7 +142,9 @@ def test_an_explanation_of_what_has_ended_says_how(server, say):
     server.explanations["why"] = explanation(
         state=control_pb2.REQUEST_STATE_ENDED, finish_reason=generation_pb2.FINISH_REASON_LENGTH
     )
-    assert any(line.split() == ["state", "ended", "(length)"] for line in say("explain", "why"))
+    server.explanations["why"].predicted_start_ns = 27 * SECOND
+    words = [line.split() for line in say("explain", "why")]
+    assert ["state", "ended", "(length)"] in words and ["started", "3.00", "s", "ago"] in words
 
 
 def test_json_of_an_explanation_is_the_message(server, say):

@@ -255,7 +255,8 @@ class FakeWorker:
                 known.take(next_token(known.hashes[-1], self.facts.vocab_size, known.start.sampling, num_outputs, index))
                 sampled.append(slot)
         self.num_padding_rows += len(plan.padding)
-        header = ResultHeader(self.group, self.epoch, plan.header.step_id, duration_ns=1000)
+        duration_ns = 1000 + 100 * int(plan.num_tokens.sum())
+        header = ResultHeader(self.group, self.epoch, plan.header.step_id, duration_ns)
         tokens = [self.sequences[slot].tokens[-1] for slot in sampled]
         return StepResult(header, np.array(tokens, np.int32), np.array(sampled, np.uint16))
 

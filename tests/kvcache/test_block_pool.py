@@ -145,6 +145,14 @@ def test_a_block_retires_until_the_last_plan_naming_it_returns() -> None:
     assert counts(pool) == (3, 0, 0, 0)
 
 
+def test_of_what_has_retired_nothing_is_left() -> None:
+    pool = BlockPool(4)
+    for step in range(1, 100):
+        pool.release(pool.allocate(3), last_step=step, returned_step=step - 1)
+        pool.returned(step)
+    assert not pool._retiring and counts(pool) == (4, 0, 0, 0)
+
+
 def test_a_retiring_block_is_not_given_out() -> None:
     pool = BlockPool(3)
     pool.release(pool.allocate(3)[:2], last_step=1, returned_step=0)

@@ -473,6 +473,18 @@ def test_a_violated_invariant_is_said_with_its_trace_and_does_not_end_the_servic
         engine.close()
 
 
+def test_a_question_that_fails_stays_open_and_the_next_is_answered() -> None:
+    sabotage = "from scheduler.core import explain\nexplain.explain = lambda *_: 1 // 0"
+    engine = EngineProcess(CoreConfig(max_batch_rows=8, max_step_tokens=64), sabotage=sabotage)
+    try:
+        frontend, _worker = joined(engine)
+        frontend.send(ExplainQuery(4, "nobody"))
+        assert load(frontend).query_id == 7
+        assert "ExplainQuery could not be answered" in engine.log()
+    finally:
+        engine.close()
+
+
 def test_a_worker_that_no_core_can_take_ends_nothing(engine: EngineProcess, frontend: Dealer) -> None:
     worker = HandWorker(engine, SimExecutor(FACTS))
     frontend.until(lambda message: isinstance(message, Facts) and message.ready)

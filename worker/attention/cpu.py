@@ -1,8 +1,8 @@
 """Paged attention on a CPU. Which rows there are is all it knows of a step.
 
 A row that computes a few tokens is taken as that many single queries, and all single queries of a step are computed together,
-from the blocks where they lie (singles.py). A row that computes many is a chunk: bound by arithmetic, not by memory, so its keys and values may as well be
-gathered, and torch's own attention (FlashAttention, arXiv:2205.14135) runs over them.
+from the blocks where they lie (singles.py). A row that computes many is a chunk: bound by arithmetic, not by memory, so its
+keys and values may as well be gathered, and torch's own attention (FlashAttention, arXiv:2205.14135) runs over them.
 
 Legend: T tokens of the step, n queries of a part of a chunk, L tokens of its context, H query heads, K key-value heads,
 G = H / K, D head size.

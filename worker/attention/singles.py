@@ -61,7 +61,7 @@ class CompiledSingles:
         from worker.compiled.attention import Field, kernel
 
         self._kernel, self._queries, self._shape = kernel(shape), queries, shape
-        self._pieces_P, self._sums_S, num_rows = _cut(queries, shape.piece)
+        self._pieces_P, self._sums_S, num_rows = _cut(queries, shape.block_size, shape.piece)
         self._weights = torch.empty(num_rows, shape.num_heads, 2)
         self._num_rows = num_rows
         per_token = 2 * shape.num_kv_heads * shape.head_dim * kv_layer.element_size()
@@ -100,7 +100,7 @@ class CompiledSingles:
         return out[: self._queries.num_tokens].to(q_THD.dtype)
 
 
-def _cut(queries: Queries, piece: int) -> tuple[I64, I64, int]:
+def _cut(queries: Queries, block_size: int, piece: int) -> tuple[I64, I64, int]:
     """The pieces [P, 6] and sums [S, 3] as worker.compiled.attention has them, the longest pieces first (they are taken in that
     order), and the rows of the results: those of the step's tokens, then those of the pieces of longer contexts."""
     count_N = -(-queries.length // piece)
@@ -109,7 +109,7 @@ def _cut(queries: Queries, piece: int) -> tuple[I64, I64, int]:
     length_P = np.minimum(queries.length[query_P] - first_P, piece)
     several_P = count_N[query_P] > 1
     out_P = np.where(several_P, queries.num_tokens + np.cumsum(several_P) - 1, queries.token[query_P])
-    pieces = np.stack((queries.token[query_P], queries.row[query_P], first_P, length_P, out_P), axis=1)
+    pieces = np.stack((queries.token[query_P], queries.row[query_P], first_P // block_size, length_P, out_P), axis=1)
     several = np.flatnonzero(count_N > 1)
     first_S = queries.num_tokens + np.cumsum(count_N[several]) - count_N[several]
     sums = np.stack((queries.token[several], first_S, count_N[several]), axis=1)
@@ -193,11 +193,13 @@ def _group(queries: Queries, members: I64, num_heads: int, kv_layer: Tensor) -> 
 class GatheredSingles:
     """By the paged attention that any device has (torch_paged.py), each query as a row of one token."""
 
+    _attention = TorchPagedAttention()  # one scratch buffer for all steps
+
     def __init__(self, queries: Queries) -> None:
         length, token = queries.length.astype(np.int32), torch.from_numpy(queries.token)
         starts = np.arange(len(length) + 1, dtype=np.int32)
         self._inputs = AttentionInputs.of(starts, length, queries.tables[queries.row], np.zeros(len(length), np.int64))
-        self._tokens, self._num_tokens, self._attention = token, queries.num_tokens, TorchPagedAttention()
+        self._tokens, self._num_tokens = token, queries.num_tokens
 
     @classmethod
     def of(cls, queries: Queries, num_heads: int, kv_layer: Tensor) -> GatheredSingles:

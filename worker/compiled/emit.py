@@ -108,7 +108,7 @@ class Builder(ir.IRBuilder):
         """`width` values of float32, float16 or bfloat16 (as 16-bit integers), as float32."""
         kind = pointer.type.pointee
         loaded = self.load(self.bitcast(self.at(pointer, index), ir.VectorType(kind, self.width).as_pointer()))
-        loaded.align = kind.get_abi_alignment(_target_data())
+        loaded.align = 4 if kind == F32 else 2
         if kind == F32:
             return loaded
         if kind == F16:
@@ -204,7 +204,7 @@ def _compile(name: str, task: Task) -> tuple[Callable[[int, int], None], object]
     _emit_run(module, worker)
     compiled = llvm.parse_assembly(str(module))
     compiled.verify()
-    machine = _target_machine()
+    machine = _target_machine()  # one for each engine, which takes it over
     options = llvm.create_pipeline_tuning_options(speed_level=3)
     builder = llvm.create_pass_builder(machine, options)
     builder.getModulePassManager().run(compiled, builder)
@@ -275,7 +275,6 @@ def _openmp() -> bool:
 # --------------------------------------------------------------------------------------------------------------- processor
 
 
-@cache
 def _target_machine() -> llvm.TargetMachine:
     llvm.initialize_native_target()
     llvm.initialize_native_asmprinter()
@@ -283,11 +282,6 @@ def _target_machine() -> llvm.TargetMachine:
     features["prefer-256-bit"] = False  # or vectors of 512 bits would be cut in two on some processors
     target = llvm.Target.from_default_triple()
     return target.create_target_machine(cpu=llvm.get_host_cpu_name(), features=features.flatten(), opt=3, jit=True)
-
-
-@cache
-def _target_data() -> llvm.TargetData:
-    return _target_machine().target_data
 
 
 @cache

@@ -51,6 +51,8 @@ class GenerationServicer:
 
     def Generate(self, request, context):
         """Streams the tokens of one request. Each message is one event: deltas, one Finished per output, one Summary at the end.
+        A reader that stops reading is waited for: once the transport's windows are full (about 100 KiB; some MiB where the reader's
+        side widens them, as gRPC does unless its grpc.http2.bdp_probe is 0), and some tokens more, others are computed instead.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

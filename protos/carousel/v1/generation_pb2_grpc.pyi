@@ -37,7 +37,10 @@ class GenerationStub:
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> GenerationAsyncStub: ...
     Generate: _grpc.UnaryStreamMultiCallable[_generation_pb2.GenerateRequest, _generation_pb2.GenerateResponse]
-    """Streams the tokens of one request. Each message is one event: deltas, one Finished per output, one Summary at the end."""
+    """Streams the tokens of one request. Each message is one event: deltas, one Finished per output, one Summary at the end.
+    A reader that stops reading is waited for: once the transport's windows are full (about 100 KiB; some MiB where the reader's
+    side widens them, as gRPC does unless its grpc.http2.bdp_probe is 0), and some tokens more, others are computed instead.
+    """
     Cancel: _grpc.UnaryUnaryMultiCallable[_generation_pb2.CancelRequest, _generation_pb2.CancelResponse]
     """Ends a request by its id. Idempotent: the answer says what was found."""
 
@@ -45,7 +48,10 @@ class GenerationStub:
 class GenerationAsyncStub(GenerationStub):
     def __init__(self, channel: _aio.Channel) -> None: ...
     Generate: _aio.UnaryStreamMultiCallable[_generation_pb2.GenerateRequest, _generation_pb2.GenerateResponse]  # type: ignore[assignment]
-    """Streams the tokens of one request. Each message is one event: deltas, one Finished per output, one Summary at the end."""
+    """Streams the tokens of one request. Each message is one event: deltas, one Finished per output, one Summary at the end.
+    A reader that stops reading is waited for: once the transport's windows are full (about 100 KiB; some MiB where the reader's
+    side widens them, as gRPC does unless its grpc.http2.bdp_probe is 0), and some tokens more, others are computed instead.
+    """
     Cancel: _aio.UnaryUnaryMultiCallable[_generation_pb2.CancelRequest, _generation_pb2.CancelResponse]  # type: ignore[assignment]
     """Ends a request by its id. Idempotent: the answer says what was found."""
 
@@ -56,7 +62,10 @@ class GenerationServicer(metaclass=_abc_1.ABCMeta):
         request: _generation_pb2.GenerateRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_generation_pb2.GenerateResponse], _abc.AsyncIterator[_generation_pb2.GenerateResponse]]:
-        """Streams the tokens of one request. Each message is one event: deltas, one Finished per output, one Summary at the end."""
+        """Streams the tokens of one request. Each message is one event: deltas, one Finished per output, one Summary at the end.
+        A reader that stops reading is waited for: once the transport's windows are full (about 100 KiB; some MiB where the reader's
+        side widens them, as gRPC does unless its grpc.http2.bdp_probe is 0), and some tokens more, others are computed instead.
+        """
 
     @_abc_1.abstractmethod
     def Cancel(

@@ -418,6 +418,21 @@ def test_the_cost_of_a_turn_does_not_grow_with_the_number_of_tenants_waiting() -
     assert entries_looked_at(20_000, 10_000) <= 12
 
 
+def test_tenants_that_all_run_and_wait_are_not_put_right_one_by_one() -> None:
+    config = CoreConfig(max_queue_requests=10**6)
+    everybody = Tenants(config)
+    some: Queue[Waiting] = Queue(config, everybody)
+    for number in range(1000):
+        some.push(waiting(number, tenant=everybody.index_of(f"t{number}") or 0))
+    for step in range(50):
+        everybody.served[:1000] += SCALE
+        everybody.served[step] += 5 * SCALE
+        before = some._classes[2].new.num_looked_at
+        head = some.head()
+        assert head is not None and head.sequence_id == step + 1
+        assert some._classes[2].new.num_looked_at - before <= 8 + 1000 // 128 + 1
+
+
 def test_what_is_remembered_of_those_gone_is_bounded_by_those_waiting() -> None:
     some = filled(queue(), waiting(0, order=10**9), waiting(1, tenant=1, order=10**9))
     for number in range(2, 3000):

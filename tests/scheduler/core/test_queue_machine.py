@@ -23,12 +23,18 @@ COMEBACKS = 2  # of one request
 class QueueMachine(RuleBasedStateMachine):
     """The queue and its twin hear the same; and each request's turns are counted against the bound."""
 
-    @initialize(oldest_every=st.sampled_from([1, 2, 3, 7, 10**9]), weights=st.lists(st.integers(1, 3), min_size=4, max_size=4))
-    def begin(self, oldest_every: int, weights: list[int]) -> None:
+    @initialize(
+        oldest_every=st.sampled_from([1, 2, 3, 7, 10**9]),
+        weights=st.lists(st.integers(1, 3), min_size=4, max_size=4),
+        repairs=st.sampled_from([0, 8]),
+    )
+    def begin(self, oldest_every: int, weights: list[int], repairs: int) -> None:
         limits = tuple(TenantLimits(f"t{number}", weight=weight) for number, weight in enumerate(weights))
         config = CoreConfig(oldest_every=oldest_every, tenants=limits, max_queue_requests=10**6)
         self.tenants, self.twins_tenants = Tenants(config), Tenants(config)
         self.queue: Queue[Waiting] = Queue(config, self.tenants)
+        for lines in self.queue._all_lines():
+            lines.repairs = repairs  # with 0 the tenants are scanned as soon as an entry is stale
         self.twin = SlowQueue(self.twins_tenants, oldest_every)
         self.oldest_every = oldest_every
         self.next_number = 0

@@ -1,0 +1,283 @@
+"""`python -m bench.core`: what scheduling costs, without a model: targets S1, S2, S3.
+
+S1 CPU time of the core for one decode step, by rows running and requests waiting. S2 a plan through the wire's codec. S3 from
+a plan to its result through ZeroMQ and a worker process that computes nothing. One thread each; the process's CPU time for S1
+and S2, the clock for S3.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import click
+import numpy as np
+import zmq
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from bench import provenance
+from kvcache.prefix_index import hash_blocks, root
+from scheduler.core import Core, CoreConfig
+from wire import (
+    AddHeader,
+    AddRequest,
+    PlanHeader,
+    ResultHeader,
+    SamplingSpec,
+    SequenceStart,
+    StepPlan,
+    StepResult,
+    Welcome,
+    WorkerFacts,
+    WorkerHello,
+    decode,
+    encode,
+)
+
+LENGTH = 2048
+KEY = root("bench", "", "")
+GREEDY = SamplingSpec(0.0, 0, 1.0, 0.0, 0)
+TARGETS = {"S1 256": 60.0, "S1 4096": 250.0, "S2": 30.0, "S3 p50": 80.0, "S3 p99": 250.0}  # microseconds
+
+
+@dataclass(frozen=True)
+class StepCosts:
+    """Microseconds of CPU time for a decode step: its plan and the taking of its result."""
+
+    rows: int
+    waiting: int
+    block_size: int
+    median: float
+    mean: float  # with the steps in which blocks fill, are hashed and taken
+    p99: float
+
+
+def facts(rows: int, block_size: int) -> WorkerFacts:
+    """Of a worker with room for so many rows of LENGTH tokens."""
+    return WorkerFacts(
+        device="sim",
+        pid=os.getpid(),
+        description="nobody",
+        architecture="none",
+        dtype="none",
+        vocab_size=32_000,
+        max_model_len=LENGTH,
+        block_size=block_size,
+        num_blocks=rows * LENGTH // block_size,
+        kv_bytes_per_token=1,
+        num_parameters=0,
+        max_batch_rows=rows,
+        max_step_tokens=max(rows, 8192),
+    )
+
+
+def request(number: int, block_size: int) -> AddRequest:
+    num_tokens = number % block_size + 1  # so that in every step the same share of the rows fills a block
+    prompt = np.full(num_tokens, number % 31_000 + 1, np.int32)
+    header = AddHeader(number, f"r{number}", 0, 2, LENGTH - num_tokens, GREEDY, tenant=f"t{number % 100}")
+    header.prefix_key, header.hash_block_size = KEY, block_size
+    return AddRequest(header, prompt, np.frombuffer(hash_blocks(KEY, prompt, block_size), np.uint8))
+
+
+def step_costs(rows: int, waiting: int, block_size: int, steps: int) -> StepCosts:
+    """All rows decode, in a pool that suffices, while `waiting` requests of a hundred tenants wait for a row."""
+    config = CoreConfig(max_batch_rows=rows, max_step_tokens=max(rows, 8192), max_queue_requests=1_000_000)
+    core = Core(config)
+    core.worker_joined(facts(rows, block_size), 0)
+    for number in range(rows + waiting):
+        refused = core.add(request(number, block_size), 0, number)
+        assert refused is None, refused
+    now, pending, costs = 1_000_000, list[StepPlan](), list[int]()
+    tokens = np.arange(rows, dtype=np.int32) % 31_000
+    gc.collect()
+    gc.disable()
+    try:
+        while len(costs) < steps:
+            now += 1_000_000
+            start = time.process_time_ns()
+            while (plan := core.plan(now)) is not None:
+                pending.append(plan)
+            planned = time.process_time_ns()
+            plan = pending.pop(0)
+            slots = core.in_flight[0].sampled
+            decodes = len(slots) == rows == len(plan.slots) and not plan.header.starts
+            header = ResultHeader(0, plan.header.epoch, plan.header.step_id, 1_000_000)
+            result = StepResult(header, tokens[: len(slots)], slots.astype(np.uint16))
+            before = time.process_time_ns()
+            core.apply(result, now)
+            spent = time.process_time_ns() - before + planned - start
+            credit(core, slots, now)
+            if decodes:
+                costs.append(spent)
+    finally:
+        gc.enable()
+    assert len(core.queue) == waiting, "somebody was admitted while it was measured"
+    micros = [cost / 1000 for cost in costs]
+    p99 = statistics.quantiles(micros, n=100)[98]
+    return StepCosts(rows, waiting, block_size, statistics.median(micros), statistics.mean(micros), p99)
+
+
+def credit(core: Core, slots: np.ndarray[tuple[int], np.dtype[np.intp]], now: int) -> None:
+    """Readers take all that there is, now and then, as front ends tell it."""
+    first = int(slots[0]) if len(slots) else 0
+    if len(slots) and core.rows.num_outputs[first] % 256 == 0:
+        handles = core.rows.handle[slots]
+        core.credit(0, handles, np.full(len(slots), 256, np.int32), now)
+
+
+def codec_costs(rows: int, rounds: int) -> tuple[float, float]:
+    """(microseconds to encode and decode a decode step's plan, bytes a row)."""
+    slots = np.arange(rows, dtype=np.uint16)
+    plan = StepPlan(PlanHeader(0, 1, 7), num_tokens=np.ones(rows, np.int32), slots=slots)
+    times = []
+    for _ in range(rounds):
+        start = time.process_time_ns()
+        decode(encode(plan))
+        times.append(time.process_time_ns() - start)
+    return statistics.median(times) / 1000, sum(map(len, encode(plan))) / rows
+
+
+def round_trips(rows: int, rounds: int) -> tuple[float, float]:
+    """(p50, p99) microseconds from sending a plan to its decoded result, with a simulated worker that takes no time."""
+    with tempfile.TemporaryDirectory(prefix="carousel-bench-") as folder, null_worker(f"ipc://{folder}/worker", rows) as core:
+        times = []
+        for step in range(rounds + 200):
+            start = time.perf_counter_ns()
+            core.step(step)
+            if step >= 200:
+                times.append((time.perf_counter_ns() - start) / 1000)
+        quantiles = statistics.quantiles(times, n=100)
+        return quantiles[49], quantiles[98]
+
+
+class _HandCore:
+    """A core's end of the link that sends decode steps of `rows` rows."""
+
+    def __init__(self, socket: zmq.Socket[bytes], rows: int) -> None:
+        self.socket, self.rows = socket, rows
+        self.identity, *frames = socket.recv_multipart()
+        hello = decode(frames)
+        assert isinstance(hello, WorkerHello)
+        self.send(Welcome(0, 1))
+
+    def send(self, message: Welcome | StepPlan) -> None:
+        self.socket.send_multipart([self.identity, *encode(message)], copy=False)
+
+    def step(self, number: int) -> None:
+        slots = np.arange(self.rows, dtype=np.uint16)
+        plan = StepPlan(PlanHeader(0, 1, number), num_tokens=np.ones(self.rows, np.int32), slots=slots)
+        if number == 0:
+            starts = [SequenceStart(slot, slot, 0, 1, 1, 0, 128, GREEDY) for slot in range(self.rows)]
+            plan.header.starts = tuple(starts)
+            plan.start_tokens = np.ones(self.rows, np.int32)
+            plan.start_blocks = np.arange(1, self.rows * 128 + 1, dtype=np.int32)
+        self.send(plan)
+        while True:
+            _, *frames = self.socket.recv_multipart()
+            result = decode(frames)
+            if isinstance(result, StepResult):
+                assert len(result.tokens) == self.rows and result.header.step_id == number
+                return
+
+
+@contextmanager
+def null_worker(endpoint: str, rows: int) -> Iterator[_HandCore]:
+    """A simulated worker process, connected."""
+    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+    socket = context.socket(zmq.ROUTER)
+    socket.setsockopt(zmq.RCVTIMEO, 20_000)
+    socket.bind(endpoint)
+    command = [sys.executable, "-m", "worker", "--device", "sim", "--connect", endpoint]
+    command += ["--max-batch-rows", str(rows), "--num-blocks", str(rows * 128), "--max-model-len", str(LENGTH * 4)]
+    command += ["--block-size", "64", "--log-level", "error"]
+    process = subprocess.Popen(command)
+    try:
+        yield _HandCore(socket, rows)
+    finally:
+        process.terminate()
+        process.wait(10)
+        context.destroy(linger=0)
+
+
+def plot(costs: list[StepCosts], path: Path) -> None:
+    """Two panels: cost by rows for each number waiting, cost by number waiting at 256 rows."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    by_rows, by_waiting = figure.subplots(1, 2)
+    for waiting in sorted({cost.waiting for cost in costs}):
+        line = sorted((cost.rows, cost.mean) for cost in costs if cost.waiting == waiting)
+        if len(line) > 1:
+            by_rows.plot(*zip(*line, strict=True), marker="o", label=f"{waiting:,} waiting")
+    by_rows.set(xscale="log", yscale="log", xlabel="rows that decode", ylabel="µs of CPU time a step (mean)", title="by rows")
+    by_rows.legend()
+    line = sorted((cost.waiting, cost.mean) for cost in costs if cost.rows == 256)
+    by_waiting.plot(*zip(*line, strict=True), marker="o")
+    by_waiting.set(xscale="symlog", ylim=(0, None), xlabel="requests waiting", title="by requests waiting, 256 rows")
+    for axes in (by_rows, by_waiting):
+        axes.grid(alpha=0.3)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)
+
+
+@click.command(help=__doc__)
+@click.option("--quick", is_flag=True, help="Up to 1,024 rows and 10,000 waiting, fewer steps.")
+@click.option("--block-size", default=16, show_default=True)
+@click.option("--json", "json_path", type=click.Path(path_type=Path), help="Appends the figures to this file.")
+@click.option("--plot", "plot_path", type=click.Path(path_type=Path), help="Draws them (PNG or SVG; needs matplotlib).")
+def main(quick: bool, block_size: int, json_path: Path | None, plot_path: Path | None) -> None:
+    all_rows = [64, 256, 1024] if quick else [16, 64, 256, 1024, 4096, 16_384]
+    all_waiting = [0, 10_000] if quick else [0, 10_000, 100_000]
+    cases = [(rows, waiting) for rows in all_rows for waiting in ([10_000] if rows != 256 else all_waiting)]
+    console = Console(stderr=True)
+    costs = []
+    for rows, waiting in track(cases, "S1", console=console, transient=True):
+        costs.append(step_costs(rows, waiting, block_size, steps=128 if quick else 512))
+    codec, row_bytes = codec_costs(1024, 500 if quick else 5000)
+    p50, p99 = round_trips(64, 500 if quick else 5000)
+
+    table = Table(
+        "rows", "waiting", "median µs", "mean µs", "p99 µs", "target", title="S1: the core's CPU time for a decode step"
+    )
+    for cost in costs:
+        target = TARGETS.get(f"S1 {cost.rows}") if cost.waiting == 10_000 else None
+        shown = f"≤ {target:.0f}" if target else ""
+        table.add_row(f"{cost.rows:,}", f"{cost.waiting:,}", *(f"{x:.0f}" for x in (cost.median, cost.mean, cost.p99)), shown)
+    output = Console()
+    output.print(table)
+    output.print(
+        f"S2: plan of 1,024 rows, encoded and decoded: {codec:.1f} µs (target ≤ 30), {row_bytes:.1f} bytes a row (≤ 8)"
+    )
+    output.print(
+        f"S3: plan to result with a worker that computes nothing, 64 rows: p50 {p50:.0f} µs (≤ 80), p99 {p99:.0f} µs (≤ 250)"
+    )
+    if plot_path is not None:
+        plot(costs, plot_path)
+        output.print(f"drawn: {plot_path}")
+    if json_path is not None:
+        line = provenance.provenance("core") | {
+            "block_size": block_size,
+            "prefix_caching": True,
+            "steps": [{name: getattr(cost, name) for name in StepCosts.__dataclass_fields__} for cost in costs],
+            "codec_us_1024_rows": codec,
+            "bytes_per_row": row_bytes,
+            "round_trip_us": {"p50": p50, "p99": p99, "rows": 64},
+            "targets_us": TARGETS,
+        }
+        provenance.append(json_path, line)
+        output.print(f"added to {json_path}")
+
+
+if __name__ == "__main__":
+    main()
