@@ -370,6 +370,10 @@ def _compare(options: dict[str, Any], runner: _Runner, stop: _Stop) -> None:
             with _recording(options["record"]) as core_of:
                 outcomes.append(runner(scenario.with_policy(policy), core_of=core_of))
             _save(options["json_file"], "simulate", outcomes[-1].as_json())
+    for outcome in outcomes:
+        if outcome.run.refused:
+            told = ", ".join(f"{count:,} refused with {code}" for code, count in sorted(outcome.run.refused.items()))
+            console.print(f"note: {outcome.scenario.workload.name}, {outcome.scenario.setup.core.policy}: {told}")
     if len(found) > 1 and console.width >= tables.OVERVIEW_WIDTH:
         console.print(tables.overview(outcomes))
         return

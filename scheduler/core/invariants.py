@@ -40,7 +40,9 @@ def _check_running(rows: Rows, kv: KVCacheManager, slot: int, sequence: Sequence
     assert (kv.pool.ref_counts[writable] == 1).all(), f"slot {slot} would write to a shared block"
 
 
-def check_requests(requests: Mapping[str, Request], holding: Mapping[int, Request], queue: Queue[Sequence], num_running: int) -> None:
+def check_requests(
+    requests: Mapping[str, Request], holding: Mapping[int, Request], queue: Queue[Sequence], num_running: int
+) -> None:
     """Requests against the queue and their own counts."""
     for request in requests.values():
         live = [sequence for sequence in request.sequences if sequence.state is not State.ENDED]

@@ -58,9 +58,10 @@ class CompiledSingles:
     """By worker.compiled.attention: each block is read once, for all heads that share it."""
 
     def __init__(self, queries: Queries, shape: Any, kv_layer: Tensor) -> None:
-        from worker.compiled.attention import Field, kernel
+        from worker.compiled.attention import Field, kernels
 
-        self._kernel, self._queries, self._shape = kernel(shape), queries, shape
+        self._pieces, self._sums = kernels(shape)
+        self._queries, self._shape = queries, shape
         self._pieces_P, self._sums_S, num_rows = _cut(queries, shape.block_size, shape.piece)
         self._weights = torch.empty(num_rows, shape.num_heads, 2)
         self._num_rows = num_rows
@@ -96,7 +97,9 @@ class CompiledSingles:
         arguments[field.KEYS], arguments[field.VALUES] = kv_layer[0].data_ptr(), kv_layer[1].data_ptr()
         arguments[field.OUT] = out.data_ptr()
         arguments[field.SCALE] = np.float32(scale).view(np.int32)
-        self._kernel(arguments, (len(self._pieces_P), len(self._sums_S)), self._threads)
+        self._pieces.run(arguments.ctypes.data, len(self._pieces_P), self._threads)
+        if len(self._sums_S):
+            self._sums.run(arguments.ctypes.data, len(self._sums_S), self._threads)
         return out[: self._queries.num_tokens].to(q_THD.dtype)
 
 

@@ -65,9 +65,11 @@ class Shape:
 
 
 @cache
-def kernel(shape: Shape) -> Kernel:
+def kernels(shape: Shape) -> tuple[Kernel, Kernel]:
+    """A task of the first is a piece, a task of the second a sum."""
     assert shape.fits
-    return Kernel("attention", [lambda b, a, i: _attend_piece(shape, b, a, i), lambda b, a, i: _add_pieces_up(shape, b, a, i)])
+    pieces = Kernel("pieces", lambda b, arguments, task: _attend_piece(shape, b, arguments, task))
+    return pieces, Kernel("sums", lambda b, arguments, task: _add_pieces_up(shape, b, arguments, task))
 
 
 def _attend_piece(shape: Shape, b: Builder, arguments: Any, task: Any) -> None:

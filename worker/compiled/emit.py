@@ -14,9 +14,7 @@ from functools import cache
 from typing import Any
 
 import llvmlite.binding as llvm
-import numpy as np
 from llvmlite import ir
-from numpy.typing import NDArray
 
 I1, I8, I32, I64, F16, F32 = ir.IntType(1), ir.IntType(8), ir.IntType(32), ir.IntType(64), ir.HalfType(), ir.FloatType()
 I16 = ir.IntType(16)
@@ -24,8 +22,6 @@ VOID = ir.VoidType()
 
 # Sums may be taken in another order, and a product and a sum be one instruction. NaN and infinities must come through.
 FREE = ("reassoc", "contract")
-
-Arguments = NDArray[np.int64]
 
 
 class Builder(ir.IRBuilder):
@@ -183,35 +179,21 @@ Task = Callable[[Builder, Any, Any], None]  # (builder, pointer to the arguments
 
 
 class Kernel:
-    """Machine code of one or more passes; the tasks of a pass run in parallel, the passes one after the other.
+    """run(arguments, tasks, threads): all tasks 0 .. tasks − 1, in at most that many threads. `arguments` is the address of an
+    array of int64, which the task knows how to read."""
 
-    Called with the arguments, an array of int64 that the passes read, the number of tasks of each pass and the most threads."""
-
-    def __init__(self, name: str, passes: Sequence[Task]) -> None:
-        self._passes = [_compile(f"{name}_{number}", task) for number, task in enumerate(passes)]
-
-    def __call__(self, arguments: Arguments, num_tasks: Sequence[int], threads: int) -> None:
-        for (run, _), count in zip(self._passes, num_tasks, strict=True):
-            if count:
-                counter = np.array([0, count, arguments.ctypes.data], np.int64)
-                run(counter.ctypes.data, min(threads, count))
-
-
-def _compile(name: str, task: Task) -> tuple[Callable[[int, int], None], object]:
-    """run(job, threads): job is the address of [tasks taken, tasks, address of the arguments]. The second value owns it."""
-    module = ir.Module(name)
-    worker = _emit_worker(module, _emit_task(module, task))
-    _emit_run(module, worker)
-    compiled = llvm.parse_assembly(str(module))
-    compiled.verify()
-    machine = _target_machine()  # one for each engine, which takes it over
-    options = llvm.create_pipeline_tuning_options(speed_level=3)
-    builder = llvm.create_pass_builder(machine, options)
-    builder.getModulePassManager().run(compiled, builder)
-    engine = llvm.create_mcjit_compiler(compiled, machine)
-    engine.finalize_object()
-    address = engine.get_function_address("run")
-    return ctypes.CFUNCTYPE(None, ctypes.c_int64, ctypes.c_int64)(address), engine
+    def __init__(self, name: str, task: Task) -> None:
+        module = ir.Module(name)
+        _emit_run(module, _emit_worker(module, _emit_task(module, task)))
+        compiled = llvm.parse_assembly(str(module))
+        compiled.verify()
+        machine = _target_machine()  # one for each engine, which takes it over
+        passes = llvm.create_pass_builder(machine, llvm.create_pipeline_tuning_options(speed_level=3))
+        passes.getModulePassManager().run(compiled, passes)
+        self._engine = llvm.create_mcjit_compiler(compiled, machine)
+        self._engine.finalize_object()
+        kind = ctypes.CFUNCTYPE(None, ctypes.c_int64, ctypes.c_int64, ctypes.c_int64)
+        self.run = kind(self._engine.get_function_address("run"))
 
 
 def _emit_task(module: ir.Module, task: Task) -> ir.Function:
@@ -224,12 +206,11 @@ def _emit_task(module: ir.Module, task: Task) -> ir.Function:
 
 
 def _emit_worker(module: ir.Module, task: ir.Function) -> ir.Function:
-    """void worker(int64 *job): while ((i = job[0]++) < job[1]) task(job[2], i)."""
+    """void worker(int64 *job): while ((i = job[TAKEN]++) < job[TASKS]) task(job[ARGUMENTS], i)."""
     function = ir.Function(module, ir.FunctionType(VOID, [I64.as_pointer()]), "worker")
     builder = Builder(function.append_basic_block(), vector_width())
     (job,) = function.args
-    count = builder.argument(job, 1)
-    arguments = builder.pointer(builder.argument(job, 2), I64)
+    count, arguments = builder.argument(job, 1), builder.pointer(builder.argument(job, 2), I64)
     head, inside, after = (builder.append_basic_block(name) for name in ("head", "inside", "after"))
     builder.branch(head)
     builder.position_at_end(head)
@@ -244,12 +225,16 @@ def _emit_worker(module: ir.Module, task: ir.Function) -> ir.Function:
 
 
 def _emit_run(module: ir.Module, worker: ir.Function) -> None:
-    """void run(int64 *job, int64 threads): worker(job) in that many threads at once."""
-    function = ir.Function(module, ir.FunctionType(VOID, [I64.as_pointer(), I64]), "run")
-    builder = ir.IRBuilder(function.append_basic_block())
-    job, threads = function.args
+    """worker(job) in so many threads at once."""
+    function = ir.Function(module, ir.FunctionType(VOID, [I64, I64, I64]), "run")
+    builder = Builder(function.append_basic_block(), vector_width())
+    arguments, tasks, threads = function.args
+    job = builder.alloca(I64, 3)
+    for number, value in enumerate((I64(0), tasks, arguments)):
+        builder.store(value, builder.at(job, number))
     if _openmp():
-        kind = ir.FunctionType(VOID, [worker.type, I64.as_pointer(), I32, I32])
+        threads = builder.least(threads, tasks)
+        kind = ir.FunctionType(VOID, [worker.type, job.type, I32, I32])
         parallel = ir.Function(module, kind, "GOMP_parallel")
         with builder.if_else(builder.icmp_signed(">", threads, I64(1))) as (several, one):
             with several:
