@@ -62,6 +62,7 @@ log = logging.getLogger(__name__)
 
 _REPROBE_MS = 50  # a closed connection can show a moment before its peer is known to be gone
 _REPROBES = 20
+_FRONTENDS_LEAVE_S = 2.0  # so long the front ends may take to read what they were told last
 _MOST_DUMPS = 16  # files of the ring that one process writes …
 _DUMP_EVERY_NS = 60 * 1_000_000_000  # … at least so far apart
 _OWN_FAULT = "the scheduler failed and began anew"
@@ -123,9 +124,22 @@ class Engine:
             self._deliver(self._begin_anew(failure))
         if self._file is not None:
             self._file.close()
+        self._tell_supervisor("drained")
+        self._let_frontends_leave()
         self._frontends.close(linger_ms=1000)
         self._workers.close(linger_ms=0)
         self._context.term()
+
+    def _let_frontends_leave(self) -> None:
+        """They close their ends first: a socket that is closed with unread messages in it takes along what was sent."""
+        until = time.monotonic() + _FRONTENDS_LEAVE_S
+        while self._frontends.peers and time.monotonic() < until:
+            self._frontends.socket.poll(20)
+            self._frontends.receive()
+            self._frontends.lost()
+
+    def _tell_supervisor(self, word: str) -> None:
+        os.write(self.config.status_fd, f"{word}\n".encode())
 
     # ------------------------------------------------------------------------------------------------ front ends
 
@@ -274,7 +288,7 @@ class Engine:
         self._workers.send(self.worker, Welcome(self.core.config.group, self.core.epoch))
         self._tell_facts()
         if not self._ready_told:
-            os.write(self.config.status_fd, b"ready\n")
+            self._tell_supervisor("ready")
             self._ready_told = True
         return outputs
 

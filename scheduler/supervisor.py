@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -112,7 +113,7 @@ class Supervisor:
         self._status, self._status_writer = os.pipe()
         os.set_blocking(self._status, False)
         self.ready = False
-        self._stopping = False
+        self._stopping = self._drained = False
         self._exit_code = 0
         self._signals: list[int] = []
         self._engine = self._engine_child()
@@ -195,7 +196,9 @@ class Supervisor:
         return self._exit_code
 
     def _hear_status(self) -> None:
-        if b"ready" in os.read(self._status, 64):
+        words = os.read(self._status, 64)
+        self._drained = self._drained or b"drained" in words
+        if b"ready" in words:
             self.ready = True
             host = "127.0.0.1" if self.config.host in ("0.0.0.0", "::") else self.config.host
             log.info("%s is served on %s:%d", self.config.served_model_name, host, self._port.port)
@@ -229,24 +232,26 @@ class Supervisor:
         return max(0.0, min(due) - time.monotonic()) if due else None
 
     def _stop(self, selector: selectors.BaseSelector, wakeup: socket.socket) -> None:
-        """Drain: the core finishes what was accepted, then the front ends and the worker go. A second signal ends at once."""
+        """Drain: the core finishes what was accepted, then the front ends and the worker go, and it after them. A second signal
+        ends at once."""
         self._engine.signal(signal.SIGTERM)
         if self._engine.alive:
             log.info("draining for at most %g s; once more to stop at once", self.config.drain_timeout_s)
-        others = [child for child in self._children if child is not self._engine]
-        for group, grace in (
-            ([self._engine], self.config.drain_timeout_s + _KILL_AFTER_S),
-            (others, _KILL_AFTER_S),
-        ):
-            for child in group if group is others else []:
-                child.signal(signal.SIGTERM)
-            until = time.monotonic() + grace
-            while any(child.alive for child in group) and time.monotonic() < until and len(self._signals) < 2:
-                if selector.select(until - time.monotonic()):
-                    try:
-                        wakeup.recv(64)
-                    except BlockingIOError:
-                        os.read(self._status, 64)
+        self._wait(
+            selector, wakeup, lambda: self._drained or not self._engine.alive, self.config.drain_timeout_s + _KILL_AFTER_S
+        )
+        for child in self._children:
+            child.signal(signal.SIGTERM)
+        self._wait(selector, wakeup, lambda: not any(child.alive for child in self._children), _KILL_AFTER_S)
+
+    def _wait(self, selector: selectors.BaseSelector, wakeup: socket.socket, over: Callable[[], bool], grace_s: float) -> None:
+        until = time.monotonic() + grace_s
+        while not over() and time.monotonic() < until and len(self._signals) < 2:
+            for key, _ in selector.select(until - time.monotonic()):
+                if key.fileobj == self._status:
+                    self._hear_status()
+                else:
+                    wakeup.recv(64)
 
 
 def serve(config: ServeConfig) -> int:

@@ -169,6 +169,7 @@ class Core:
         )
         self._next_number += 1
         self._requests[header.request_id] = request
+        self.tenants.enter(tenant)
         prefill_ns = self.step_cost.prefill_ns(len(add.prompt)) if header.deadline_ns else 0
         latest_start = header.deadline_ns - prefill_ns
         for index in range(header.num_outputs):
@@ -192,7 +193,8 @@ class Core:
         return None
 
     def abort(self, frontend: int, handle: int, now: int) -> list[Output]:
-        """The stream was dropped. Unknown handles are those that have just ended: nothing happens."""
+        """The stream was dropped; `handle` is any of the request's. Unknown ones are of requests that have just ended: nothing
+        happens."""
         sequence = self._by_handle.get((frontend, handle))
         if sequence is not None:
             self._end_request(sequence.request, EndReason.CANCELLED, now)
@@ -210,7 +212,7 @@ class Core:
     def truncate(self, frontend: int, handle: int, num_outputs: int, now: int) -> list[Output]:
         """The front end found a stop string in the text: the output ends with STOP and has `num_outputs` tokens."""
         sequence = self._by_handle.get((frontend, handle))
-        if sequence is not None:
+        if sequence is not None and sequence.state is not State.ENDED:
             self._end(sequence, EndReason.STOP, now, num_outputs=num_outputs)
         return self.take_outputs()
 
@@ -218,7 +220,7 @@ class Core:
         """Readers took so many more tokens of these outputs; one that had stopped reading is scheduled again."""
         for handle, count in zip(handles.tolist(), num_tokens.tolist(), strict=True):
             sequence = self._by_handle.get((frontend, handle))
-            if sequence is None or count <= 0:
+            if sequence is None or sequence.state is State.ENDED or count <= 0:
                 continue
             if sequence.slot >= 0 and self.rows.sequences[sequence.slot] is sequence:
                 self.rows.take(sequence.slot, count, self.config.max_unread_tokens)
@@ -267,7 +269,7 @@ class Core:
             room = arrival.max_outputs(self, len(request.prompt), request.max_outputs, request.tenant)
             if other_model:
                 self._end_request(request, EndReason.ERROR, now, message="the new worker has another model")
-            elif not request.header.max_tokens and room > max(len(sequence.outputs) for sequence in request.sequences):
+            elif not request.header.max_tokens and room > max(len(sequence.outputs) for sequence in request.live()):
                 request.max_outputs = room
             elif room < request.max_outputs:
                 message = "the new worker's KV cache is too small for this request"
@@ -632,8 +634,8 @@ class Core:
         self.kv.check_invariants()
         invariants.check_rows(self.rows, self.kv, self._kv_tokens)
         invariants.check_requests(self._requests, self._holding, self.queue, self._num_running)
-        live = sum(request.num_live for request in self._requests.values())
-        assert live == len(self._by_handle), "handles are miscounted"
+        known = sum(len(request.sequences) for request in self._requests.values())
+        assert known == len(self._by_handle), "handles are miscounted"
         swapped = [sequence.host_blocks for sequence in self._by_handle.values() if sequence.host_blocks is not None]
         assert sum(map(len, swapped)) == self.kv.host.num_held, "host blocks are miscounted"
         if self._uses_quotas:
@@ -761,7 +763,10 @@ class Core:
             sequence.preemptions += 1
             self.counters.preemptions += 1
         self._note_leave(sequence, "preempted")
-        parked = not preemption.is_reading(rows, np.array([slot]))[0]
+        # What a lost worker was to bring does not come: nobody is behind with reading it.
+        unread = (
+            int(rows.num_outputs[slot] if by is None else rows.num_tokens[slot] - sequence.num_prompt_tokens) - sequence.taken
+        )
         self._stop_running(sequence, now)
         if swaps:
             sequence.host_blocks = self.kv.host.allocate(num_blocks)
@@ -769,7 +774,7 @@ class Core:
             self._swaps_out.append((self.kv.tables.row(slot)[:num_blocks].copy(), sequence.host_blocks))
             self.counters.swapped_blocks += num_blocks
         self._leave(slot, PREEMPTED, self._next_step if swaps else -1)
-        if parked:
+        if unread >= self.config.max_unread_tokens:
             sequence.become(State.PARKED)
         else:
             sequence.become(State.PREEMPTED)
@@ -853,9 +858,8 @@ class Core:
             self._emitted.tokens[frontend] = (handles[mine], tokens[mine])
 
     def _end_request(self, request: Request, reason: EndReason, now: int, *, message: str = "") -> None:
-        for sequence in request.sequences:
-            if sequence.state is not State.ENDED:
-                self._end(sequence, reason, now, message=message)
+        for sequence in request.live():
+            self._end(sequence, reason, now, message=message)
 
     def _end(
         self,
@@ -874,6 +878,8 @@ class Core:
         if sequence.state is State.RUNNING:
             self._stop_running(sequence, now)
             if self.policy.keeps_ended_rows and reason in (EndReason.STOP, EndReason.LENGTH):
+                if self._uses_quotas:
+                    self._release_quota(slot)
                 rows.pad(slot)
             else:
                 self._leave(slot, RETIRING)
@@ -888,7 +894,6 @@ class Core:
         sequence.ended_ns = now
         sequence.end_reason = reason.value
         sequence.become(State.ENDED)
-        del self._by_handle[request.frontend, sequence.handle]
         self._note_leave(sequence, reason.value)
         ended = OutputEnded(sequence.handle, reason, sequence.stats(num_outputs, now), stop_token_id, message)
         self._emitted.ended.setdefault(request.frontend, []).append(ended)
@@ -901,6 +906,9 @@ class Core:
     def _forget(self, request: Request, reason: EndReason, now: int) -> None:
         """All of its outputs are over. What Cancel and ExplainRequest may ask is kept for a while."""
         del self._requests[request.request_id]
+        for sequence in request.sequences:
+            del self._by_handle[request.frontend, sequence.handle]
+        self.tenants.leave(request.tenant)
         self._holding.pop(request.number, None)
         self._ended_requests.pop(request.request_id, None)
         self._ended_requests[request.request_id] = request
@@ -917,10 +925,8 @@ class Core:
         rows, returned = self.rows, self._returned_step()
         last = int(rows.last_step[slot])
         assert last >= 0, "a row left before any plan named it"
-        if self._uses_quotas:
-            tenant = int(rows.tenant[slot])
-            self.tenants.held_blocks[tenant] -= self.kv.tables.num_blocks[slot]
-            self.queue.resume(tenant)
+        if self._uses_quotas and rows.state[slot] == RUNNING:
+            self._release_quota(slot)
         self.kv.release(slot, max(last, last_step), returned)
         rows.leave(slot, state)
         self._ended.append(slot)
@@ -928,6 +934,12 @@ class Core:
             self._free_slot(slot)
         else:
             self._retiring.append(slot)
+
+    def _release_quota(self, slot: int) -> None:
+        """The row's blocks no longer count as its tenant's, who may be forgotten when its last request has ended."""
+        tenant = int(self.rows.tenant[slot])
+        self.tenants.held_blocks[tenant] -= self.kv.tables.num_blocks[slot]
+        self.queue.resume(tenant)
 
     def _free_slots(self, returned_step: int) -> None:
         """Slots whose last plan has returned can be taken again; a preempted request takes its tokens along."""

@@ -34,7 +34,7 @@ def explain(core: Core, request_id: str, now: int) -> Explanation | None:
         missing_rows=missing_rows,
         missing_blocks=missing_blocks,
         needed_blocks=needed,
-        tenant_tokens=core.tenants.tokens_of(request.tenant),
+        tenant_tokens=core.tenants.tokens_of(request.tenant) if request.num_live else 0,
         least_tenant_tokens=core.tenants.tokens_of(head.tenant) if head is not None else 0,
         predicted_start_ns=_predicted_start(core, sequence, rank, now),
         num_prompt_tokens=len(request.prompt),

@@ -45,7 +45,7 @@ def check_requests(
 ) -> None:
     """Requests against the queue and their own counts."""
     for request in requests.values():
-        live = [sequence for sequence in request.sequences if sequence.state is not State.ENDED]
+        live = request.live()
         running = [sequence for sequence in live if sequence.state is State.RUNNING]
         assert request.num_live == len(live) > 0 and request.num_running == len(running), request.request_id
         held = [sequence for sequence in live if sequence.state is State.HELD]
@@ -59,6 +59,6 @@ def check_requests(
 def check_tenants(tenants: Tenants, rows: Rows, kv: KVCacheManager) -> None:
     """Blocks held against the tables."""
     held = np.zeros_like(tenants.held_blocks)
-    for slot in np.flatnonzero(kv.tables.num_blocks).tolist():
+    for slot in np.flatnonzero(kv.tables.num_blocks * (rows.state == RUNNING)).tolist():
         held[rows.tenant[slot]] += kv.tables.num_blocks[slot]
     assert (held == tenants.held_blocks).all(), "the tenants' blocks are miscounted"

@@ -54,6 +54,10 @@ class Request:
     def request_id(self) -> str:
         return self.header.request_id
 
+    def live(self) -> list[Sequence]:
+        """Its outputs that have not ended."""
+        return [sequence for sequence in self.sequences if sequence.state is not State.ENDED]
+
 
 @dataclass(slots=True, eq=False)
 class Sequence:

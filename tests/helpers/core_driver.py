@@ -190,7 +190,7 @@ class CoreDriver:
         for request in self._alive():
             tenant = self.core.request(request.request_id).header.tenant
             room = self._room(request.max_outputs, len(request.prompt), tenant)
-            if request.max_tokens == 0 and room > max(len(sibling.got) for sibling in request.siblings):
+            if request.max_tokens == 0 and room > max(len(sibling.got) for sibling in request.siblings if not sibling.over):
                 request.max_outputs, request.expected = room, request.expected[:room]
             elif room < request.max_outputs:
                 request.doomed = True
@@ -213,12 +213,13 @@ class CoreDriver:
 
     def plan(self) -> StepPlan | None:
         plan = self.core.plan(self._pass_time())
-        self._hear(self.core.take_outputs())
         if plan is not None:
             assert self.worker is not None, "a plan without a worker"
             assert int(plan.num_tokens.sum()) <= self.core.token_budget
             self.worker.submit(plan)
             self.plans.append(plan)
+        self._hear(self.core.take_outputs())
+        if plan is not None:
             self._check_no_ended_request_in(plan)
         self.check()
         return plan
