@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,12 +35,10 @@ from wire import (
     PlanHeader,
     ResultHeader,
     SamplingSpec,
-    SequenceStart,
     StepPlan,
     StepResult,
     Welcome,
     WorkerFacts,
-    WorkerHello,
     decode,
     encode,
 )
@@ -149,65 +147,65 @@ def codec_costs(rows: int, rounds: int) -> tuple[float, float]:
 
 
 def round_trips(rows: int, rounds: int) -> tuple[float, float]:
-    """(p50, p99) microseconds from sending a plan to its decoded result, with a simulated worker that takes no time."""
-    with tempfile.TemporaryDirectory(prefix="carousel-bench-") as folder, null_worker(f"ipc://{folder}/worker", rows) as core:
-        times = []
-        for step in range(rounds + 200):
-            start = time.perf_counter_ns()
-            core.step(step)
-            if step >= 200:
-                times.append((time.perf_counter_ns() - start) / 1000)
-        quantiles = statistics.quantiles(times, n=100)
-        return quantiles[49], quantiles[98]
+    """(p50, p99) microseconds from a plan, encoded and sent, to its decoded result: a worker's link that computes nothing."""
+    with peer(str(rows)) as (socket, identity):
+        send(socket, identity, encode(Welcome(0, 1)))
+        slots, step = np.arange(rows, dtype=np.uint16), 0
+
+        def once() -> None:
+            nonlocal step
+            plan = StepPlan(PlanHeader(0, 1, step), num_tokens=np.ones(rows, np.int32), slots=slots)
+            send(socket, identity, encode(plan))
+            result = decode(socket.recv_multipart()[1:])
+            assert isinstance(result, StepResult) and len(result.tokens) == rows and result.header.step_id == step
+            step += 1
+
+        return quantiles(once, rounds)
 
 
-class _HandCore:
-    """A core's end of the link that sends decode steps of `rows` rows."""
+def echoes(rows: int, rounds: int) -> tuple[float, float]:
+    """The same for the same bytes sent back by a bare socket: what this machine takes for the hop alone."""
+    frames = encode(StepPlan(PlanHeader(0, 1, 7), num_tokens=np.ones(rows, np.int32), slots=np.arange(rows, dtype=np.uint16)))
+    with peer("echo") as (socket, identity):
 
-    def __init__(self, socket: zmq.Socket[bytes], rows: int) -> None:
-        self.socket, self.rows = socket, rows
-        self.identity, *frames = socket.recv_multipart()
-        hello = decode(frames)
-        assert isinstance(hello, WorkerHello)
-        self.send(Welcome(0, 1))
+        def once() -> None:
+            send(socket, identity, frames)
+            socket.recv_multipart()
 
-    def send(self, message: Welcome | StepPlan) -> None:
-        self.socket.send_multipart([self.identity, *encode(message)], copy=False)
+        return quantiles(once, rounds)
 
-    def step(self, number: int) -> None:
-        slots = np.arange(self.rows, dtype=np.uint16)
-        plan = StepPlan(PlanHeader(0, 1, number), num_tokens=np.ones(self.rows, np.int32), slots=slots)
-        if number == 0:
-            starts = [SequenceStart(slot, slot, 0, 1, 1, 0, 128, GREEDY) for slot in range(self.rows)]
-            plan.header.starts = tuple(starts)
-            plan.start_tokens = np.ones(self.rows, np.int32)
-            plan.start_blocks = np.arange(1, self.rows * 128 + 1, dtype=np.int32)
-        self.send(plan)
-        while True:
-            _, *frames = self.socket.recv_multipart()
-            result = decode(frames)
-            if isinstance(result, StepResult):
-                assert len(result.tokens) == self.rows and result.header.step_id == number
-                return
+
+def quantiles(once: Callable[[], None], rounds: int) -> tuple[float, float]:
+    """(p50, p99) microseconds."""
+    times = []
+    for i in range(rounds + 200):
+        start = time.perf_counter_ns()
+        once()
+        if i >= 200:
+            times.append((time.perf_counter_ns() - start) / 1000)
+    hundredths = statistics.quantiles(times, n=100)
+    return hundredths[49], hundredths[98]
+
+
+def send(socket: zmq.Socket[bytes], identity: bytes, frames: Sequence[bytes]) -> None:
+    socket.send_multipart([identity, *frames], copy=False)
 
 
 @contextmanager
-def null_worker(endpoint: str, rows: int) -> Iterator[_HandCore]:
-    """A simulated worker process, connected."""
-    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-    socket = context.socket(zmq.ROUTER)
-    socket.setsockopt(zmq.RCVTIMEO, 20_000)
-    socket.bind(endpoint)
-    command = [sys.executable, "-m", "worker", "--device", "sim", "--connect", endpoint]
-    command += ["--max-batch-rows", str(rows), "--num-blocks", str(rows * 128), "--max-model-len", str(LENGTH * 4)]
-    command += ["--block-size", "64", "--log-level", "error"]
-    process = subprocess.Popen(command)
-    try:
-        yield _HandCore(socket, rows)
-    finally:
-        process.terminate()
-        process.wait(10)
-        context.destroy(linger=0)
+def peer(what: str) -> Iterator[tuple[zmq.Socket[bytes], bytes]]:
+    """A process of bench.null_worker, connected."""
+    with tempfile.TemporaryDirectory(prefix="carousel-bench-") as folder:
+        endpoint, context = f"ipc://{folder}/peer", zmq.Context()
+        socket = context.socket(zmq.ROUTER)
+        socket.setsockopt(zmq.RCVTIMEO, 20_000)
+        socket.bind(endpoint)
+        process = subprocess.Popen([sys.executable, "-m", "bench.null_worker", endpoint, what])
+        try:
+            yield socket, socket.recv_multipart()[0]
+        finally:
+            process.kill()
+            process.wait(10)
+            context.destroy(linger=0)
 
 
 def plot(costs: list[StepCosts], path: Path) -> None:
@@ -245,7 +243,9 @@ def main(quick: bool, block_size: int, json_path: Path | None, plot_path: Path |
     for rows, waiting in track(cases, "S1", console=console, transient=True):
         costs.append(step_costs(rows, waiting, block_size, steps=128 if quick else 512))
     codec, row_bytes = codec_costs(1024, 500 if quick else 5000)
-    p50, p99 = round_trips(64, 500 if quick else 5000)
+    rounds = 500 if quick else 5000
+    p50, p99 = round_trips(64, rounds)
+    echo_p50, echo_p99 = echoes(64, rounds)
 
     table = Table(
         "rows", "waiting", "median µs", "mean µs", "p99 µs", "target", title="S1: the core's CPU time for a decode step"
@@ -260,7 +260,8 @@ def main(quick: bool, block_size: int, json_path: Path | None, plot_path: Path |
         f"S2: plan of 1,024 rows, encoded and decoded: {codec:.1f} µs (target ≤ 30), {row_bytes:.1f} bytes a row (≤ 8)"
     )
     output.print(
-        f"S3: plan to result with a worker that computes nothing, 64 rows: p50 {p50:.0f} µs (≤ 80), p99 {p99:.0f} µs (≤ 250)"
+        f"S3: plan to result with a worker that computes nothing, 64 rows: p50 {p50:.0f} µs (≤ 80), p99 {p99:.0f} µs (≤ 250);\n"
+        f"    the bare ZeroMQ echo of the same bytes: p50 {echo_p50:.0f} µs, p99 {echo_p99:.0f} µs"
     )
     if plot_path is not None:
         plot(costs, plot_path)
@@ -273,6 +274,7 @@ def main(quick: bool, block_size: int, json_path: Path | None, plot_path: Path |
             "codec_us_1024_rows": codec,
             "bytes_per_row": row_bytes,
             "round_trip_us": {"p50": p50, "p99": p99, "rows": 64},
+            "bare_echo_us": {"p50": echo_p50, "p99": echo_p99},
             "targets_us": TARGETS,
         }
         provenance.append(json_path, line)

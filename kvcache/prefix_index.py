@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from wire.messages import I32
 
 DIGEST_BYTES = 16
-_DIGEST = np.dtype((np.void, DIGEST_BYTES))
+DIGEST = np.dtype((np.void, DIGEST_BYTES))
 
 
 def root(*parts: str) -> bytes:
@@ -28,9 +28,19 @@ def root(*parts: str) -> bytes:
     return hasher.digest()
 
 
-def chain(parent: bytes, tokens: bytes) -> bytes:
-    """Digest of a full block. parent: digest of the block before, or the root; tokens: little-endian int32."""
-    return hashlib.blake2b(parent + tokens, digest_size=DIGEST_BYTES).digest()
+def chain(parent: bytes, tokens: I32) -> bytes:
+    """Digest of a full block. parent: digest of the block before, or the root."""
+    return hashlib.blake2b(parent + tokens.astype("<i4", copy=False).tobytes(), digest_size=DIGEST_BYTES).digest()
+
+
+def chain_many(parents: NDArray[np.void], tokens: I32) -> list[bytes]:
+    """`chain` of parents[i], of dtype DIGEST, and tokens[i, block_size], for all i."""
+    count, size = tokens.shape
+    data = np.empty((count, DIGEST_BYTES + 4 * size), np.uint8)
+    data[:, :DIGEST_BYTES] = parents.view(np.uint8).reshape(count, DIGEST_BYTES)
+    data[:, DIGEST_BYTES:] = tokens.astype("<i4", copy=False).view(np.uint8)
+    blake2b = hashlib.blake2b
+    return [blake2b(block, digest_size=DIGEST_BYTES).digest() for block in data.view((np.void, data.shape[1]))[:, 0].tolist()]
 
 
 def hash_blocks(root: bytes, tokens: I32, block_size: int) -> bytes:
@@ -48,7 +58,7 @@ class PrefixIndex:
 
     def __init__(self, num_blocks: int) -> None:
         self.is_published: NDArray[np.bool_] = np.zeros(num_blocks + 1, np.bool_)  # [block]
-        self._digest_of = np.zeros(num_blocks + 1, _DIGEST)  # [block], where it is published
+        self._digest_of = np.zeros(num_blocks + 1, DIGEST)  # [block], where it is published
         self._block_of: dict[bytes, int] = {}
 
     def __len__(self) -> int:
@@ -62,7 +72,7 @@ class PrefixIndex:
         if owners != ids:
             digests = [digest for digest, owner, block in zip(digests, owners, ids, strict=True) if owner == block]
             ids = [block for owner, block in zip(owners, ids, strict=True) if owner == block]
-        at, new = np.array(ids, np.intp), np.frombuffer(b"".join(digests), _DIGEST)
+        at, new = np.array(ids, np.intp), np.frombuffer(b"".join(digests), DIGEST)
         known = self.is_published[at]
         assert not known.any() or (self._digest_of[at] == new)[known].all(), "a block holds something else already"
         self._digest_of[at] = new
@@ -71,7 +81,7 @@ class PrefixIndex:
     def lookup(self, digests: bytes, most_blocks: int) -> I32:
         """Blocks of the longest known prefix of this chain, at most so many."""
         count, block_of, found = min(len(digests) // DIGEST_BYTES, most_blocks), self._block_of.get, []
-        for digest in np.frombuffer(digests, _DIGEST, count).tolist():
+        for digest in np.frombuffer(digests, DIGEST, count).tolist():
             block = block_of(digest)
             if block is None:
                 break

@@ -49,7 +49,8 @@ def place_of(core: Core, sequence: Sequence) -> Place | None:
         return place
     if sequence.digests:
         most = (place.num_computed or num_tokens - 1) // kv.block_size
-        place.shared = kv.lookup(bytes(sequence.digests), most)
+        core.publish_full()
+        place.shared = kv.lookup(sequence.digests, most)
         place.num_hits = len(place.shared)
     if sequence.host_blocks is not None:
         return place

@@ -48,6 +48,7 @@ from wire.messages import I32, U32
 PIPELINE_DEPTH = 2
 _REMEMBERED_IDS = 10_000  # ended requests that Cancel still knows
 _SECOND = 1_000_000_000
+_PUBLISH_EVERY = 8  # steps
 _LEAST_CHUNK = 16  # tokens of prompts in a step whose decodes alone pass the inter-token time: prompts get on all the same
 _PATIENCE_NS = 30 * _SECOND  # a request without a deadline goes before those whose latest start is so long after its arrival
 
@@ -71,6 +72,7 @@ class InFlight:
     step_id: int
     planned_ns: int
     plan: StepPlan
+    num_tokens: int  # of all rows, those that pad too
     sampled: Slots  # slots that sample, in the order of the plan's rows
     before: I32  # tokens computed before it, of the plan's rows
     context: int  # what its tokens attend to, summed
@@ -134,6 +136,7 @@ class Core:
         self._next_step = 0
         self._num_running = 0  # requests with a row
         self._uses_quotas = any(tenant.max_blocks for tenant in config.tenants)
+        self._may_publish = False  # tokens have come since `publish_full`
         self._now = 0  # of the plan being made
         self._kv_tokens = 0  # computed tokens of all that run, counting plans in flight
         self._emitted = _Emitted()
@@ -179,7 +182,7 @@ class Core:
                 sequence_id=self._next_sequence_id,
                 order_ns=latest_start if header.deadline_ns else now + _PATIENCE_NS,
                 state=State.HELD if index else State.WAITING,
-                digests=bytearray(request.digests),
+                digests=request.digests,
             )
             self._next_sequence_id += 1
             request.sequences.append(sequence)
@@ -358,19 +361,21 @@ class Core:
         if not self.in_flight or result.header.step_id != self.in_flight[0].step_id:
             raise ProtocolError(f"result of step {result.header.step_id}, which was not the next one in flight")
         step = self.in_flight[0]
-        if not np.array_equal(result.slots, step.sampled) or len(result.tokens) != len(step.sampled):
+        count = len(step.sampled)
+        if not len(result.slots) == len(result.tokens) == count or not (result.slots == step.sampled).all():
             raise ProtocolError(f"step {step.step_id} sampled other rows than its plan")
         assert self.facts is not None
-        if len(result.tokens) and not 0 <= int(result.tokens.min()) <= int(result.tokens.max()) < self.facts.vocab_size:
+        if count and int(result.tokens.view(np.uint32).max()) >= self.facts.vocab_size:  # negative ones too
             raise ProtocolError(f"step {step.step_id} sampled a token outside the vocabulary")
         self.in_flight.popleft()
         self.kv.pool.returned(step.step_id)
         if self.kv.host.num_retiring:
             self.kv.host.returned(step.step_id)
         rows = len(step.plan.slots) + len(step.plan.padding)
-        tokens = int(step.plan.num_tokens.sum()) + len(step.plan.padding)
-        self.step_cost.observe(tokens, rows, step.context, result.header.duration_ns)
+        self.step_cost.observe(step.num_tokens, rows, step.context, result.header.duration_ns)
         self._take_tokens(step.sampled, result.tokens, now)
+        if not step.step_id % _PUBLISH_EVERY:
+            self.publish_full()
         self._free_slots(step.step_id)
         return self.take_outputs()
 
@@ -453,12 +458,11 @@ class Core:
         return slots, full
 
     def make_room(self) -> None:
-        sequence = self.queue.head()
-        if sequence is None or sequence.slot >= 0 or self.policy.reserves_outputs:
-            return
         rows, pool = self.rows, self.kv.pool
-        if not rows.has_below(sequence.priority) or (rows.num_free and self.hindered is None):
-            return  # nobody could go; or it was not tried yet, or nothing is short
+        if self.policy.reserves_outputs or (rows.num_free and self.hindered is None):
+            return  # nothing is short, or it was not tried yet
+        if not rows.has_below(self.queue.highest_priority()) or (sequence := self.queue.head()) is None or sequence.slot >= 0:
+            return  # nobody could go
         lower = preemption.candidates(rows, below=sequence.priority)
         if not len(lower):
             return
@@ -616,6 +620,12 @@ class Core:
         """Whether the row starts with the plan being made: what it copies is nobody's source yet."""
         return slot in self._starts
 
+    def publish_full(self) -> None:
+        """Blocks that have become full since the last time go to the prefix index."""
+        if self._may_publish:
+            self._may_publish = False
+            publishing.publish_full(self.rows, self.kv)
+
     def has_handle(self, frontend: int, handle: int) -> bool:
         return (frontend, handle) in self._by_handle
 
@@ -666,7 +676,9 @@ class Core:
             padding=selection.padding.astype(np.uint16),
             ended=np.array(self._ended, np.uint16),
         )
-        if grown:
+        if len(grown) == 1:
+            plan.grow_slots, plan.grow_blocks = grown[0][0].astype(np.uint16), grown[0][1]
+        elif grown:
             plan.grow_slots = np.concatenate([slots for slots, _ in grown]).astype(np.uint16)
             plan.grow_blocks = np.concatenate([blocks for _, blocks in grown])
         if starts:
@@ -682,12 +694,14 @@ class Core:
         takes = selection.num_tokens
         before = rows.num_computed[slots]
         computed = before + takes
-        sampled = slots[computed == rows.num_tokens[slots]]
+        is_sampled = computed == rows.num_tokens[slots]
+        sampled = slots[is_sampled]
         rows.num_computed[slots] = computed
-        rows.num_tokens[sampled] += 1
+        rows.num_tokens[sampled] = computed[is_sampled] + 1
         self._kv_tokens += num_tokens
         rows.last_step[slots] = self._next_step
-        rows.last_step[selection.padding] = self._next_step
+        if len(selection.padding):
+            rows.last_step[selection.padding] = self._next_step
         context = int(computed.sum(dtype=np.int64))
         if num_tokens > len(slots):
             chunks = (takes > 1).nonzero()[0]
@@ -701,6 +715,7 @@ class Core:
                 step_id=self._next_step,
                 planned_ns=now,
                 plan=plan,
+                num_tokens=num_tokens + len(selection.padding),
                 sampled=sampled,
                 before=before,
                 context=context,
@@ -795,6 +810,7 @@ class Core:
     def _stop_running(self, sequence: Sequence, now: int) -> None:
         """Closes the books of the row: its blocks × nanoseconds, and the tokens that counted as held for somebody."""
         rows, slot = self.rows, sequence.slot
+        publishing.publish(rows, self.kv, slot)
         held_ns = int(self.kv.tables.num_blocks[slot]) * (now - int(rows.started_ns[slot])) - int(rows.grown_ns[slot])
         sequence.block_ns += max(0, held_ns)
         self._kv_tokens -= int(rows.num_computed[slot])
@@ -821,7 +837,7 @@ class Core:
         if self._hashes(request):
             request.digests = hash_blocks(request.header.prefix_key, request.prompt, self.kv.block_size)
             for sequence in request.sequences:
-                sequence.digests = bytearray(request.digests)
+                sequence.digests = request.digests
 
     # ----------------------------------------------------------------------------------------------- apply, inside
 
@@ -829,16 +845,15 @@ class Core:
         rows = self.rows
         state = rows.state[slots]
         live = (state == RUNNING) | (state == PREEMPTED)
-        slots, tokens = slots[live], tokens[live]
+        if not live.all():
+            slots, tokens = slots[live], tokens[live]
         if not len(slots):
             return
+        self._may_publish = True
         counts = rows.append_outputs(slots, tokens)
         self.counters.output_tokens += len(slots)
         self.tenants.charge_outputs(rows.tenant[slots])
         self._emit_tokens(slots, tokens)
-        full = (counts >= rows.next_publish[slots]) & (rows.state[slots] == RUNNING)
-        if full.any():
-            publishing.publish_many(rows, self.kv, slots[full])
         for slot in slots[counts == 1].tolist():
             sequence = self.rows.sequence(slot)
             sequence.first_token_ns = now
@@ -853,7 +868,11 @@ class Core:
 
     def _emit_tokens(self, slots: Slots, tokens: I32) -> None:
         frontends, handles = self.rows.frontend[slots], self.rows.handle[slots]
-        for frontend in np.bincount(frontends).nonzero()[0].tolist():
+        present = np.bincount(frontends).nonzero()[0].tolist()
+        if len(present) == 1:
+            self._emitted.tokens[present[0]] = (handles, tokens)
+            return
+        for frontend in present:
             mine = frontends == frontend
             self._emitted.tokens[frontend] = (handles[mine], tokens[mine])
 
@@ -954,8 +973,9 @@ class Core:
         sequence.slot = -1
         if was_preempted:
             sequence.outputs = outputs
+            sequence.digests = self.rows.digests[slot, : self.rows.num_hashed[slot]].tobytes()
         elif not sequence.request.num_live:  # remembered only for what it was
-            sequence.request.digests, sequence.digests = b"", bytearray()
+            sequence.request.digests = sequence.digests = b""
 
     def _returned_step(self) -> int:
         """The latest step up to which all results have arrived."""

@@ -380,6 +380,10 @@ class Queue(Generic[R]):
         """Whether the present head is there by rule 1."""
         return (self._admissions + 1) % self._oldest_every == 0
 
+    def highest_priority(self) -> int:
+        """Of all that wait; 0 when nobody does. `head` may be of a lower class."""
+        return next((priority for priority, cls in self._classes.items() if cls.num_tokens), 0)
+
     def head(self) -> R | None:
         """Who is next; the same until something changes. None: nobody waits but those passed over."""
         if self.is_aged_turn:

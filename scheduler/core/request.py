@@ -70,7 +70,7 @@ class Sequence:
     state: State = State.WAITING
     outputs: I32 = field(default_factory=lambda: _EMPTY)  # emitted so far; while RUNNING in the row
     taken: int = 0  # of these, tokens that the reader took; while RUNNING in the row
-    digests: bytearray = field(default_factory=bytearray)  # of its full blocks, as far as they were made
+    digests: bytes = b""  # of its full blocks, as far as they were made; while it holds a row, the row has them
     slot: int = -1  # row it holds; kept after preemption until the last plan naming it has returned
     lost_tokens: int = 0  # computed when it was preempted
     host_blocks: I32 | None = None  # where its keys and values are while it is swapped out

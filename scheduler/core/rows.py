@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvcache.block_table import Slots
+from kvcache.prefix_index import DIGEST, DIGEST_BYTES
 from scheduler.core.request import Sequence
 from wire.messages import I32
 
@@ -36,6 +37,8 @@ class Rows:
         self.taken = np.zeros(max_rows, np.int32)  # output tokens that the reader took
         self.num_published = np.zeros(max_rows, np.int32)  # blocks that went to the prefix index, or could not
         self.next_publish = np.full(max_rows, NEVER, np.int32)  # output tokens at which the next block is full and computed
+        self.digests = np.zeros((max_rows, 8), DIGEST)  # [slot, :num_hashed] of full blocks; columns grow
+        self.num_hashed = np.zeros(max_rows, np.int32)
         self.last_step = np.full(max_rows, -1, np.int64)  # last plan that names the row
         self.priority = np.zeros(max_rows, np.int8)
         self.tenant = np.zeros(max_rows, np.int32)
@@ -74,6 +77,8 @@ class Rows:
         self.taken[slot] = sequence.taken
         self.num_published[slot] = 0
         self.next_publish[slot] = NEVER
+        self.num_hashed[slot] = 0
+        self.add_digests(slot, sequence.digests)
         self.last_step[slot] = -1
         self.priority[slot] = request.header.priority
         self.tenant[slot] = request.tenant
@@ -123,6 +128,7 @@ class Rows:
     def pad(self, slot: int) -> None:
         """The row has ended and stays; it gets no further tokens."""
         self.state[slot] = PADDING
+        self.next_publish[slot] = NEVER
         self._num_of_class[self.priority[slot]] -= 1
         self.max_tokens[slot] = self.limit[slot] = self.num_tokens[slot]
 
@@ -158,6 +164,20 @@ class Rows:
         self._num_stops[list(self.stop_ids[slot])] -= 1
         heapq.heappush(self._free, slot)
         return sequence
+
+    def add_digests(self, slot: int, digests: bytes) -> None:
+        """Of the next full blocks, one after the other."""
+        first, count = int(self.num_hashed[slot]), len(digests) // DIGEST_BYTES
+        self.reserve_digests(first + count)
+        self.digests[slot, first : first + count] = np.frombuffer(digests, DIGEST)
+        self.num_hashed[slot] = first + count
+
+    def reserve_digests(self, columns: int) -> None:
+        rows, width = self.digests.shape
+        if columns > width:
+            wider = np.zeros((rows, max(columns, 2 * width)), DIGEST)
+            wider[:, :width] = self.digests
+            self.digests = wider
 
     def _widen(self, columns: int) -> None:
         rows, width = self.outputs.shape

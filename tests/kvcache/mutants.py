@@ -126,10 +126,11 @@ MUTANTS = [
     Mutant("roots are made of the parts' letters only", prefix_index, 'hasher.update(len(data).to_bytes(8, "little") + data)', "hasher.update(data)", False),
     Mutant("the salt does not count", prefix_index, "    for part in parts:\n", "    for part in parts[:2]:\n", False),
     Mutant("a block's digest does not cover those before it", prefix_index, "        parent = hashlib.blake2b(parent + data[end - width : end]", "        parent = hashlib.blake2b(root + data[end - width : end]", False),
-    Mutant("the first block is not keyed", prefix_index, "return hashlib.blake2b(parent + tokens,", "return hashlib.blake2b(tokens,", False),
+    Mutant("the first block is not keyed", prefix_index, "return hashlib.blake2b(parent + tokens.", "return hashlib.blake2b(tokens.", False),
     Mutant("the partly filled block is hashed too", prefix_index, "range(width, len(data) + 1, width)", "range(width, len(data) + width, width)", False),
     Mutant("a full last block is not hashed", prefix_index, "range(width, len(data) + 1, width)", "range(width, len(data), width)", False),
-    Mutant("tokens are hashed as they are stored", prefix_index, 'tokens.astype("<i4", copy=False).tobytes()', "tokens.tobytes()", False),
+    Mutant("tokens are hashed as they are stored", prefix_index, 'tokens.astype("<i4", copy=False).tobytes(), 4', "tokens.tobytes(), 4", False),
+    Mutant("many are chained to the first one's parent", prefix_index, "parents.view(np.uint8).reshape(count, DIGEST_BYTES)", "parents.view(np.uint8).reshape(count, DIGEST_BYTES)[:1]", False),
     # tables
     Mutant("a table is given back but not emptied", block_table, "        self.num_blocks[slot] = 0\n", ""),
     Mutant("what is given back is a view", block_table, "blocks = self.row(slot).copy()", "blocks = self.row(slot)", False),

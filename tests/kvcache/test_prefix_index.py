@@ -7,7 +7,7 @@ import hashlib
 import numpy as np
 import pytest
 
-from kvcache.prefix_index import DIGEST_BYTES, PrefixIndex, chain, hash_blocks, root
+from kvcache.prefix_index import DIGEST, DIGEST_BYTES, PrefixIndex, chain, chain_many, hash_blocks, root
 
 
 def ids(*blocks: int) -> np.ndarray:
@@ -29,7 +29,7 @@ def known(index: PrefixIndex, letters: str, most_blocks: int = 100) -> list[int]
 def test_digests_are_those_of_other_processes_and_versions() -> None:
     assert root("model", "", "").hex() == "ec9fa347afc29101a89ac43162c0a076"
     tokens = np.array([0, 1, 258, 2**31 - 1], np.int32)
-    assert chain(root("model", "", ""), tokens.tobytes()).hex() == "c20c9f5591d7a54cdd0c086c3bd181e3"
+    assert chain(root("model", "", ""), tokens).hex() == "c20c9f5591d7a54cdd0c086c3bd181e3"
     assert (
         hash_blocks(root("model", "", ""), tokens, 2).hex()
         == "00966e06675d1168a0fd52ac5817bfcdddf2cd87cd0210ffa6a2aba083d8ada2"
@@ -39,7 +39,7 @@ def test_digests_are_those_of_other_processes_and_versions() -> None:
 def test_a_digest_is_blake2b_of_its_parent_and_its_tokens() -> None:
     parent, tokens = root("m"), np.array([7, 300, 70_000], np.int32)
     expected = hashlib.blake2b(parent + b"\7\0\0\0\x2c\1\0\0\x70\x11\1\0", digest_size=16).digest()
-    assert chain(parent, tokens.tobytes()) == expected == hash_blocks(parent, tokens, 3)
+    assert chain(parent, tokens) == expected == hash_blocks(parent, tokens, 3)
 
 
 @pytest.mark.parametrize(
@@ -66,9 +66,17 @@ def test_hashing_all_blocks_is_chaining_one_after_the_other(block_size: int, num
     tokens = np.random.default_rng(num_tokens).integers(0, 2**31, num_tokens).astype(np.int32)
     parent, expected = root("m"), b""
     for block in range(num_tokens // block_size):
-        parent = chain(parent, tokens[block * block_size : (block + 1) * block_size].astype("<i4").tobytes())
+        parent = chain(parent, tokens[block * block_size : (block + 1) * block_size])
         expected += parent
     assert hash_blocks(root("m"), tokens, block_size) == expected
+
+
+@pytest.mark.parametrize("count", [0, 1, 5])
+@pytest.mark.parametrize("block_size", [1, 3, 16])
+def test_many_are_chained_as_one_by_one(count: int, block_size: int) -> None:
+    tokens = np.random.default_rng(count).integers(0, 2**31, (count, block_size)).astype(np.int32)
+    parents = [root(str(i)) for i in range(count)]
+    assert chain_many(np.frombuffer(b"".join(parents), DIGEST), tokens) == list(map(chain, parents, tokens))
 
 
 def test_digests_do_not_depend_on_how_the_tokens_are_stored() -> None:
