@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -54,15 +55,21 @@ class Roofline:
     swap_bandwidth: float = 25e9  # bytes a second between device and host
 
     def step_ns(self, work: StepWork) -> int:
-        shape = self.shape
-        bandwidth, peak = self.machine.bandwidth * self.bandwidth_share, self.machine.peak * self.peak_share
-        flops = 2 * (shape.body * work.tokens + shape.head * work.sampled)
-        seconds = max(shape.weight_bytes / bandwidth, flops / peak)
-        kv_bytes = shape.kv_bytes_per_token
+        bandwidth, peak, weights_s, body, head, kv_bytes, flops_per_pair = self._numbers
+        flops_s = 2 * (body * work.tokens + head * work.sampled) / peak
+        seconds = weights_s if weights_s > flops_s else flops_s
         seconds += work.decode_context * kv_bytes / bandwidth
         if work.chunks:
-            seconds += max(work.chunk_context * kv_bytes / bandwidth, work.chunk_pairs * shape.flops_per_pair / peak)
+            seconds += max(work.chunk_context * kv_bytes / bandwidth, work.chunk_pairs * flops_per_pair / peak)
         return math.ceil(seconds * 1e9) + self.step_ns_more
+
+    @cached_property
+    def _numbers(self) -> tuple[float, float, float, int, int, int, int]:
+        """What every step needs."""
+        shape = self.shape
+        bandwidth, peak = self.machine.bandwidth * self.bandwidth_share, self.machine.peak * self.peak_share
+        weights_s = shape.weight_bytes / bandwidth
+        return bandwidth, peak, weights_s, shape.body, shape.head, shape.kv_bytes_per_token, shape.flops_per_pair
 
     def swap_block_ns(self, block_size: int) -> int:
         return math.ceil(block_size * self.shape.kv_bytes_per_token / self.swap_bandwidth * 1e9)

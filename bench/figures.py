@@ -12,7 +12,7 @@ from bench.runs import Run
 
 Numbers = NDArray[np.int64]
 SHARES = (0.5, 0.9, 0.99)
-_FINISHED = ("length", "stop")
+FINISHED = ("length", "stop")
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ def percentiles(values: Numbers, counts: Numbers | None = None) -> Percentiles:
 def figures(run: Run, slo: Slo, num_workers: int = 1) -> Figures:
     requests, steps = run.requests, run.steps
     reason = np.array(requests.reason, dtype=object)
-    finished = np.isin(reason, _FINISHED)
+    finished = np.isin(reason, FINISHED)
     outputs, first, end = (column[finished] for column in (requests.output_tokens, requests.first_ns, requests.end_ns))
     arrival = requests.arrival_ns[finished]
     e2e = end - arrival
@@ -144,7 +144,7 @@ def is_good(first_ns: Numbers, e2e_ns: Numbers, outputs: Numbers, slo: Slo) -> N
 def demand(run: Run) -> Demand:
     """What the run's finished requests need at the least."""
     requests = run.requests
-    finished = np.isin(np.array(requests.reason, dtype=object), _FINISHED)
+    finished = np.isin(np.array(requests.reason, dtype=object), FINISHED)
     prompts, outputs, cached = (
         column[finished] for column in (requests.prompt_tokens, requests.output_tokens, requests.cached_tokens)
     )

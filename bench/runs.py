@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,6 +14,7 @@ from wire.messages import U32
 Int64 = NDArray[np.int64]
 
 NEVER = -(1 << 62)  # last token of an output that has none
+_STEP_NUMBERS = 11  # the columns of Steps
 _COMPACT = 1 << 20  # gaps kept one by one before they are counted
 
 
@@ -118,7 +120,7 @@ class RunLog:
         self.refused: dict[str, int] = {}
         self._added: list[tuple[int, int, int, int]] = []  # arrival, prompt tokens, priority, deadline
         self._ended: dict[int, tuple[int, OutputEnded | None]] = {}
-        self._steps: list[tuple[int, ...]] = []
+        self._steps = array("q")  # the numbers of one step after those of the one before
 
     @property
     def num_ended(self) -> int:
@@ -138,7 +140,7 @@ class RunLog:
 
     def step(self, *numbers: int) -> None:
         """In the order of Steps."""
-        self._steps.append(numbers)
+        self._steps.extend(numbers)
 
     def columns(self) -> Columns:
         added = np.array(self._added, np.int64).reshape(-1, 4)
@@ -170,4 +172,4 @@ class RunLog:
         )
 
     def steps(self) -> Steps:
-        return Steps(*np.array(self._steps, np.int64).reshape(-1, 11).T)
+        return Steps(*np.array(self._steps, np.int64).reshape(-1, _STEP_NUMBERS).T)

@@ -146,6 +146,8 @@ def roofline_facts(shape: Shape, machine: Machine, limits: Limits) -> WorkerFact
     """Raises ScenarioError."""
     block_size = limits.block_size or 16
     tokens = limits.kv_tokens or kv_tokens(shape, machine)
+    if limits.kv_tokens and tokens < block_size:
+        raise ScenarioError(f"--kv-tokens {tokens} is less than one block of {block_size} tokens")
     if tokens < block_size:
         size = f"{shape.stored_bytes / 1e9:.0f} GB of weights"
         raise ScenarioError(

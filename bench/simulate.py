@@ -22,7 +22,7 @@ import msgspec
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from bench import provenance, tables, traces, workloads
+from bench import advice, provenance, tables, traces, workloads
 from bench.cost_models import CostError, CostModel, Roofline, read_table
 from bench.figures import Slo, figures
 from bench.roofline import MACHINES, SHAPES
@@ -40,8 +40,17 @@ from bench.scenario import (
 from bench.shadow import Shadow, ShadowError
 from bench.shadow import read as read_recording
 from bench.simulator import Setup, Simulation
-from bench.sweep import CRITERIA, Capacity, capacity, saturated_rate
-from bench.workloads import ANYSCALE_CAPS, ANYSCALE_KV_TOKENS, ANYSCALE_REQUESTS, ANYSCALE_STATIC_ROWS, Workload, WorkloadError
+from bench.sweep import CRITERIA, Capacity, capacity, saturated
+from bench.workloads import (
+    ANYSCALE_CAPS,
+    ANYSCALE_KV_TOKENS,
+    ANYSCALE_REQUESTS,
+    ANYSCALE_STATIC_ROWS,
+    RateError,
+    Workload,
+    WorkloadError,
+)
+from scheduler.command import INTERRUPTED, OneLineCommand
 from scheduler.core import Core, CoreConfig, policies
 from scheduler.recorder import Recorded, RecordingFile
 
@@ -86,10 +95,16 @@ class _Stop:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+class _InterruptedError(Exception):
+    """Ctrl-C came before there was anything to show."""
+
+
 class _Runner:
-    """Runs scenarios with a progress bar on stderr."""
+    """Runs scenarios with a progress bar on stderr, and takes the time of what is asked for and of what that needs."""
 
     def __init__(self, stop: _Stop, quiet: bool) -> None:
+        self.simulated, self.simulation_s = 0, 0.0  # requests, and what they took
+        self.calibration_s = 0.0  # to find out what can be served
         self._stop = stop
         self._console = Console(stderr=True)
         self._quiet = quiet or not self._console.is_terminal
@@ -99,8 +114,30 @@ class _Runner:
             self._stop.simulation = simulation
             simulation.stop = self._stop.pressed
 
+        began = time.perf_counter()
         with self._bar(scenario) as tell:
-            return run(scenario, tell, core_of, watch)
+            outcome = run(scenario, tell, core_of, watch)
+        self.simulated += len(outcome.run.requests.reason)
+        self.simulation_s += time.perf_counter() - began
+        return outcome
+
+    def saturated_rate(self, scenario: Scenario) -> float:
+        """Raises ScenarioError when nothing can be served."""
+        before = self.simulated, self.simulation_s
+        outcome = saturated(scenario, self)
+        if self._stop.pressed:
+            raise _InterruptedError
+        if not outcome.figures.requests:
+            raise ScenarioError(advice.nothing_fits(outcome))
+        self.calibration_s += self.simulation_s - before[1]
+        self.simulated, self.simulation_s = before
+        return outcome.figures.request_rate
+
+    def speed(self) -> str:
+        """How fast this machine was."""
+        a_minute = f", {self.simulated / self.simulation_s * 60:,.0f} a minute" if self.simulation_s else ""
+        found = f"; {self.calibration_s:.1f} s more to find what can be served" if self.calibration_s else ""
+        return f"{self.simulated:,} requests simulated in {self.simulation_s:.1f} s{a_minute}{found}"
 
     @contextlib.contextmanager
     def _bar(self, scenario: Scenario) -> Iterator[Callable[[int, int], None] | None]:
@@ -128,7 +165,7 @@ class _Runner:
             yield tell
 
 
-@click.command(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.command(cls=OneLineCommand, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.option(
     "--workload",
     "names",
@@ -234,7 +271,7 @@ class _Runner:
     metavar="RECORDING",
     help="Simulate what was recorded (carousel serve --record) under --policy.",
 )
-@click.option("--quiet", is_flag=True, help="No progress.")
+@click.option("--quiet", is_flag=True, help="No progress, and no word of how long it took.")
 @click.pass_context
 def simulate_command(context: click.Context, /, **options: Any) -> None:
     """Simulate a workload: the shipped scheduler core on a virtual clock, with measured or calculated step times.
@@ -257,11 +294,17 @@ def simulate_command(context: click.Context, /, **options: Any) -> None:
                 _sweep(options, runner, stop)
             else:
                 _compare(options, runner, stop)
-    except (WorkloadError, CostError, ScenarioError, ShadowError) as error:
+    except (ScenarioError, RateError) as error:
+        raise click.UsageError(str(error)) from None
+    except (WorkloadError, CostError, ShadowError) as error:
         raise click.ClickException(str(error)) from None
+    except _InterruptedError:
+        raise click.Abort from None
     if stop.pressed:
-        click.echo("interrupted: the figures are of what was done", err=True)
-        sys.exit(130)
+        click.echo("carousel: interrupted: the figures are of what was done", err=True)
+        sys.exit(INTERRUPTED)
+    if not options["quiet"]:
+        click.echo(runner.speed(), err=True)
 
 
 # ---------------------------------------------------------------------------------------------------------------- setups
@@ -275,7 +318,10 @@ def _workloads(names: Sequence[str]) -> list[Workload]:
         elif name not in workloads.NAMES and (Path(name).exists() or "/" in name or "." in name):
             found.append(traces.read(Path(name)))
         else:
-            found.append(workloads.by_name(name))
+            try:
+                found.append(workloads.by_name(name))
+            except WorkloadError as error:
+                raise click.UsageError(str(error)) from None
     return found
 
 
@@ -348,7 +394,7 @@ def _scenario(options: dict[str, Any], workload: Workload, runner: _Runner) -> S
         return scenario.with_rate(options["rate"])
     if options["load"] is None and (from_file or at_once):
         return scenario.with_rate(0.0 if from_file else math.inf)
-    return scenario.with_rate((options["load"] or _LOAD) * saturated_rate(scenario, runner))
+    return scenario.with_rate((options["load"] or _LOAD) * runner.saturated_rate(scenario))
 
 
 # -------------------------------------------------------------------------------------------------------------- commands
@@ -361,7 +407,14 @@ def _compare(options: dict[str, Any], runner: _Runner, stop: _Stop) -> None:
         raise click.UsageError("--record takes down one run: give one workload, one policy and one worker")
     outcomes: list[Outcome] = []
     for workload in found:
-        scenario = _scenario(options, workload, runner)
+        before_s = runner.calibration_s
+        try:
+            scenario = _scenario(options, workload, runner)
+        except _InterruptedError:
+            if not outcomes:
+                raise
+            break
+        calibration = {"calibration_s": round(runner.calibration_s - before_s, 3)}
         if workload is found[0]:
             console.print(_about(scenario))
         for policy in _policies(options["policy_names"]):
@@ -369,13 +422,12 @@ def _compare(options: dict[str, Any], runner: _Runner, stop: _Stop) -> None:
                 break
             with _recording(options["record"]) as core_of:
                 outcomes.append(runner(scenario.with_policy(policy), core_of=core_of))
-            _save(options["json_file"], "simulate", outcomes[-1].as_json())
+            _save(options["json_file"], "simulate", outcomes[-1].as_json() | calibration)
     for outcome in outcomes:
-        if outcome.run.refused:
-            told = ", ".join(f"{count:,} refused with {code}" for code, count in sorted(outcome.run.refused.items()))
-            console.print(f"note: {outcome.scenario.workload.name}, {outcome.scenario.setup.core.policy}: {told}")
-    if len(found) > 1 and console.width >= tables.OVERVIEW_WIDTH:
-        console.print(tables.overview(outcomes))
+        for sentence in advice.refusals(outcome):
+            console.print(f"note: {sentence}")
+    if len(found) > 1 and (overview := tables.overview(outcomes, console.width)) is not None:
+        console.print(overview)
         return
     for workload in found:
         if mine := [outcome for outcome in outcomes if outcome.scenario.workload is workload]:
@@ -419,7 +471,7 @@ def _sweep(options: dict[str, Any], runner: _Runner, stop: _Stop) -> None:
         for policy in _policies(options["policy_names"]):
             if stop.pressed:
                 break
-            most = 2 * saturated_rate(scenario.with_policy(policy), runner)
+            most = 2 * runner.saturated_rate(scenario.with_policy(policy))
             result = capacity(scenario.with_policy(policy), options["criterion"], runner, most)
             if stop.pressed:
                 break
@@ -433,6 +485,12 @@ def _sweep(options: dict[str, Any], runner: _Runner, stop: _Stop) -> None:
                 result.best.as_json() if result.best is not None else {"policy": policy, "workload": {"name": workload.name}}
             )
             _save(options["json_file"], "simulate sweep", line | {"at_capacity": at_capacity})
+    for _, _, result in found:
+        if result.best is None:
+            console.print(f"note: {advice.no_rate(result.least, options['criterion'])}")
+        else:
+            for sentence in advice.refusals(result.best):
+                console.print(f"note: {sentence}")
     console.print(tables.capacities(found))
 
 
@@ -517,7 +575,7 @@ def _recording(path: Path | None) -> Iterator[Callable[[CoreConfig], Core]]:
         try:
             files.append(RecordingFile(path, config))
         except OSError as error:
-            raise ScenarioError(f"{path}: {error.strerror}") from None
+            raise click.ClickException(f"{path}: {error.strerror}") from None
         return Recorded(Core(config), files[0])  # type: ignore[return-value]
 
     try:
@@ -533,7 +591,7 @@ def _save(path: Path | None, what: str, line: dict[str, Any]) -> None:
     try:
         provenance.append(path, provenance.provenance(what) | line)
     except OSError as error:
-        raise ScenarioError(f"{path}: {error.strerror}") from None
+        raise click.ClickException(f"{path}: {error.strerror}") from None
 
 
 if __name__ == "__main__":

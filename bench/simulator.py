@@ -32,6 +32,7 @@ _ENDS_BY_ITSELF = msgspec.structs.replace(_IGNORES_EOS, stop_token_ids=(STOP,))
 _NO_LIMIT = 1 << 30  # readers that always read
 _FRONTEND = 0
 _KEY = root("simulated", "", "")
+_NEVER_NS = 1 << 62
 _TICK = 4096  # events between two looks at the progress
 
 
@@ -128,19 +129,18 @@ class Simulation:
 
     def _next_ns(self) -> int:
         """Of the next event; -1: nothing will happen any more."""
-        times = []
-        if self._results:
-            times.append(self._results[0][0])
-        if self._next_job is not None:
-            times.append(self._next_job.arrival_ns)
-        if self._follow_ups:
-            times.append(self._follow_ups[0][0])
-        if self._cancels:
-            times.append(self._cancels[0][0])
+        least = self._results[0][0] if self._results else _NEVER_NS
+        if self._next_job is not None and self._next_job.arrival_ns < least:
+            least = self._next_job.arrival_ns
+        for events in (self._follow_ups, self._cancels):
+            if events and events[0][0] < least:
+                least = events[0][0]
         if self._has_deadlines:
-            times += [wakeup for group in self._groups if (wakeup := group.core.next_wakeup_ns)]
-        self._now = max(self._now, min(times, default=-1))
-        return self._now if times else -1
+            least = min(least, *(group.core.next_wakeup_ns or _NEVER_NS for group in self._groups))
+        if least == _NEVER_NS:
+            return -1
+        self._now = max(self._now, least)
+        return self._now
 
     # ------------------------------------------------------------------------------------------------------ arrivals
 

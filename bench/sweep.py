@@ -22,11 +22,13 @@ Try: TypeAlias = Callable[[Scenario], Outcome]
 
 @dataclass(frozen=True)
 class Capacity:
-    """rate 0: the criterion holds at no rate. `tried` by rate, up to the largest one that holds `best`."""
+    """rate 0: the criterion holds at no rate. `tried` by rate, up to the largest one that holds `best`; `least`: at the lowest
+    rate that was tried."""
 
     rate: float
     best: Outcome | None
     tried: tuple[tuple[float, bool], ...]
+    least: Outcome
 
 
 def holds(figures: Figures, criterion: str, slo_ttft_ms: float) -> bool:
@@ -38,20 +40,27 @@ def holds(figures: Figures, criterion: str, slo_ttft_ms: float) -> bool:
 
 def saturated_rate(scenario: Scenario, run: Try) -> float:
     """Requests a second when all are there at once."""
-    return run(replace(scenario, rate=math.inf, requests=min(scenario.requests, _SATURATING))).figures.request_rate
+    return saturated(scenario, run).figures.request_rate
+
+
+def saturated(scenario: Scenario, run: Try) -> Outcome:
+    return run(replace(scenario, rate=math.inf, requests=min(scenario.requests or _SATURATING, _SATURATING)))
 
 
 def capacity(scenario: Scenario, criterion: str, run: Try, most: float) -> Capacity:
     """most: a rate that can't be served for long."""
     tried: dict[float, bool] = {}
     best: Outcome | None = None
+    least: Outcome | None = None
 
     def good(rate: float) -> bool:
-        nonlocal best
+        nonlocal best, least
         outcome = run(scenario.with_rate(rate))
         tried[rate] = holds(outcome.figures, criterion, scenario.slo.ttft_ms)
         if tried[rate] and (best is None or rate > best.scenario.rate):
             best = outcome
+        if least is None or rate < least.scenario.rate:
+            least = outcome
         return tried[rate]
 
     low, high = 0.0, most
@@ -67,4 +76,5 @@ def capacity(scenario: Scenario, criterion: str, run: Try, most: float) -> Capac
     while low and high / low > _PRECISION:
         middle = math.sqrt(low * high)
         low, high = (middle, high) if good(middle) else (low, middle)
-    return Capacity(low, best, tuple(sorted(tried.items())))
+    assert least is not None
+    return Capacity(low, best, tuple(sorted(tried.items())), least)

@@ -15,11 +15,11 @@ from bench.sweep import Capacity
 
 Write = Callable[[Figures], str]
 
-_FILE_WIDTH = 160  # characters
+_FILE_WIDTH = 500  # characters: more than any table needs
 
 
 def console() -> Console:
-    """Standard output; a file or a pipe gets longer lines than it would."""
+    """Standard output; in a file or a pipe nothing is cut or broken, however long the lines get."""
     found = Console(highlight=False)
     return found if found.is_terminal else Console(highlight=False, width=_FILE_WIDTH)
 
@@ -40,6 +40,13 @@ def number(value: float) -> str:
     if value != value:
         return "–"
     return f"{value:,.0f}" if abs(value) >= 100 or value == int(value) else f"{value:.3g}"
+
+
+def plain(value: float) -> str:
+    """Three digits, three behind the point at most; the unit stands elsewhere."""
+    return (
+        "–" if math.isnan(value) else f"{value:,.{0 if value >= 99.95 else 1 if value >= 9.995 else 2 if value >= 1 else 3}f}"
+    )
 
 
 def share(value: float) -> str:
@@ -103,35 +110,49 @@ def bound_cell(outcome: Outcome) -> str:
     return f"{number(bound.output_tokens_per_s)} ({bound.share:.0%})" if bound is not None else "–"
 
 
-OVERVIEW_WIDTH = 146  # characters
+# head, cell, and in what order columns give way where there is too little room (0: never, the largest first)
+_OVERVIEW: tuple[tuple[str, Callable[[Outcome], str], int], ...] = (
+    ("workload", lambda o: o.scenario.workload.name, 0),
+    ("policy", lambda o: o.scenario.setup.core.policy, 0),
+    ("req/s", lambda o: number(o.figures.request_rate), 0),
+    ("tok/s", lambda o: number(o.figures.output_tokens_per_s), 0),
+    ("of\nlimit", lambda o: f"{o.bound.share:.0%}" if o.bound else "–", 5),
+    ("TTFT\np50 s", lambda o: plain(o.figures.ttft.p50), 2),
+    ("TTFT\np99 s", lambda o: plain(o.figures.ttft.p99), 0),
+    ("ITL\np50 ms", lambda o: plain(o.figures.itl.p50 * 1000), 3),
+    ("ITL\np99 ms", lambda o: plain(o.figures.itl.p99 * 1000), 0),
+    ("E2E\np99 s", lambda o: plain(o.figures.e2e.p99), 1),
+    ("good", lambda o: f"{o.figures.good_share:.0%}", 0),
+    ("rows", lambda o: number(o.figures.mean_rows), 8),
+    ("KV\nwaste", lambda o: share(o.figures.kv_waste), 4),
+    ("hits", lambda o: f"{o.figures.cached_share:.0%}", 7),
+    ("pre-\nempt.", lambda o: number(o.figures.preemptions), 6),
+)
+_ONLY_IF_ANY = ("hits", "pre-\nempt.")  # left out where they are 0 everywhere
 
 
-def overview(outcomes: Sequence[Outcome]) -> Table:
-    """One line for each workload and policy."""
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for name in ("workload", "policy"):
-        table.add_column(name, no_wrap=True)
-    for name in ("req/s", "tokens/s", "of limit", "TTFT p50", "p99", "ITL p50", "p99", "E2E p50", "p99"):
-        table.add_column(name, justify="right", no_wrap=True)
-    for name in ("good", "rows", "waste", "hits", "preempt."):
-        table.add_column(name, justify="right", no_wrap=True)
-    for at, outcome in enumerate(outcomes):
-        f, workload = outcome.figures, outcome.scenario.workload
-        times = [seconds(value) for value in (f.ttft.p50, f.ttft.p99, f.itl.p50, f.itl.p99, f.e2e.p50, f.e2e.p99)]
-        table.add_row(
-            workload.name if not at or outcomes[at - 1].scenario.workload is not workload else "",
-            outcome.scenario.setup.core.policy,
-            number(f.request_rate),
-            number(f.output_tokens_per_s),
-            f"{outcome.bound.share:.0%}" if outcome.bound else "–",
-            *times,
-            f"{f.good_share:.0%}",
-            number(f.mean_rows),
-            share(f.kv_waste),
-            f"{f.cached_share:.0%}",
-            number(f.preemptions),
-            end_section=at + 1 == len(outcomes) or outcomes[at + 1].scenario.workload is not workload,
-        )
+def overview(outcomes: Sequence[Outcome], width: int) -> Table | None:
+    """One line for each workload and policy, with as many columns as `width` characters hold; None: too few."""
+    columns = [(head, [cell(outcome) for outcome in outcomes], order) for head, cell, order in _OVERVIEW]
+    columns = [column for column in columns if column[0] not in _ONLY_IF_ANY or set(column[1]) - {"0", "0%"}]
+    while True:
+        table = _overview([(head, cells) for head, cells, _ in columns], [outcome.scenario.workload for outcome in outcomes])
+        if Console(width=_FILE_WIDTH).measure(table).maximum <= width:
+            return table
+        least = max(columns, key=lambda column: column[2])
+        if not least[2]:
+            return None
+        columns.remove(least)
+
+
+def _overview(columns: Sequence[tuple[str, Sequence[str]]], workloads: Sequence[object]) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, padding=(0, 1, 0, 0))
+    for head, _ in columns:
+        table.add_column(head, justify="left" if head in ("workload", "policy") else "right", no_wrap=True, vertical="bottom")
+    for at, cells in enumerate(zip(*(cells for _, cells in columns), strict=True)):
+        again = at > 0 and workloads[at - 1] is workloads[at]
+        ends = at + 1 == len(workloads) or workloads[at + 1] is not workloads[at]
+        table.add_row("" if again else cells[0], *cells[1:], end_section=ends)
     return table
 
 

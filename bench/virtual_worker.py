@@ -11,6 +11,7 @@ from bench.cost_models import CostModel, StepWork
 from wire import ResultHeader, SequenceStart, StepPlan, StepResult, WorkerFacts
 from wire.messages import I32, U16
 
+_sum = np.add.reduce  # for a few numbers, faster than their method of that name
 STOP, TOKEN = 0, 1  # the end token; every other token of every sequence, jobs.token_ids gives it to replies too
 
 
@@ -42,7 +43,7 @@ class VirtualWorker:
         computed[slots] = after
         all_known = known[slots]
         draws = after == all_known
-        if draws.all():
+        if np.logical_and.reduce(draws):
             sampled, sampled_slots = slots, plan.slots
             known[slots] = all_known + 1
         else:
@@ -64,8 +65,8 @@ class VirtualWorker:
 
     def _work(self, plan: StepPlan, after: I32) -> StepWork:
         num_rows, counts = len(plan.slots), plan.num_tokens
-        work = StepWork(num_rows, int(after.sum()))
-        if int(counts.sum()) > num_rows:
+        work = StepWork(num_rows, int(_sum(after)))
+        if _sum(counts) > num_rows:
             is_chunk = counts > 1
             n, last = counts[is_chunk].astype(np.int64), after[is_chunk]
             first = last - n

@@ -22,6 +22,10 @@ class WorkloadError(Exception):
     """No such workload, or one that can't be made as asked; the text is one line."""
 
 
+class RateError(WorkloadError):
+    """No rate at which requests can come."""
+
+
 class Lengthy(Protocol):
     def draw(self, random: Generator, count: int) -> Ints: ...
 
@@ -187,6 +191,6 @@ def by_name(name: str) -> Workload:
 
 
 def check_rate(rate: float) -> None:
-    """Raises WorkloadError."""
+    """Raises RateError."""
     if math.isnan(rate) or rate <= 0:
-        raise WorkloadError(f"the rate must be above 0 requests a second, not {rate:g}")
+        raise RateError(f"the rate must be above 0 requests a second, not {rate:g}")

@@ -30,6 +30,7 @@ from client.printing import closed_pipe, harmless, to_json
 _INTERRUPTED = 130  # 128 + SIGINT
 _CANCEL_S = 2.0  # how long Ctrl-C waits for the server's word
 _COUNT = click.IntRange(0)
+_MOST_OUTPUTS = 64  # of one request; the server's limit too
 _SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
 
 
@@ -113,7 +114,8 @@ def carousel() -> None:
     "--max-preemptions",
     type=click.IntRange(0),
     metavar="N",
-    help="After so many a request comes back only when it can stay; 0: no bound. [default: 3]",
+    help="Times that a request may lose its place to another one; then it comes back only when it can stay to its end. 0: as"
+    " often as need be. [default: 3]",
 )
 @click.option(
     "--max-unread-tokens",
@@ -139,9 +141,7 @@ def carousel() -> None:
     "--swap-gib", type=click.FloatRange(0), metavar="GIB", help="Host memory for preempted requests. [default: the worker's]"
 )
 @click.option("--record", metavar="FILE", help="Write all that the scheduler is told and plans, for `carousel replay`.")
-@click.option(
-    "--record-limit-mib", type=click.FloatRange(0, min_open=True), metavar="MIB", help="The recording ends at this size."
-)
+@click.option("--record-limit-mib", type=click.FloatRange(1), metavar="MIB", help="The recording ends at this size.")
 @click.option("--threads", type=click.IntRange(1), metavar="N", help="Threads of the CPU worker. [default: one per core]")
 @click.option("--frontends", type=click.IntRange(1, 64), metavar="N", help="gRPC processes that share the port. [default: 1]")
 @click.option(
@@ -231,7 +231,9 @@ def _token_ids(context: click.Context, parameter: click.Parameter, value: str | 
 @click.option("--token-ids", callback=_token_ids, metavar="1,2,3", help="Token ids instead of text.")
 @click.argument("dash", required=False, metavar="[-]")
 @click.option("--target", default="127.0.0.1:50051", show_default=True, metavar="HOST:PORT", help="The server.")
-@click.option("--max-tokens", type=_COUNT, metavar="N", help="Most tokens to generate. [default: as many as the model allows]")
+@click.option(
+    "--max-tokens", type=click.IntRange(1), metavar="N", help="Most tokens to generate. [default: as many as the model allows]"
+)
 @click.option(
     "--temperature",
     type=float,
@@ -242,7 +244,12 @@ def _token_ids(context: click.Context, parameter: click.Parameter, value: str | 
 @click.option("--top-p", type=float, metavar="P", help="Draw from the likeliest tokens that make up this probability.")
 @click.option("--min-p", type=float, metavar="P", help="Leave out tokens less likely than this share of the likeliest.")
 @click.option("--seed", type=_COUNT, metavar="N", help="The same seed draws the same. [default: random]")
-@click.option("--num-outputs", type=_COUNT, metavar="N", help="So many continuations, each line with its number before it.")
+@click.option(
+    "--num-outputs",
+    type=click.IntRange(1, _MOST_OUTPUTS),
+    metavar="N",
+    help=f"So many continuations, 1 to {_MOST_OUTPUTS}, each line with its number before it.",
+)
 @click.option("--stop", multiple=True, metavar="TEXT", help="End where this text appears. May be given several times.")
 @click.option("--ignore-eos", is_flag=True, default=None, help="Go on after the model's own end token, up to --max-tokens.")
 @click.option("--priority", type=click.Choice([*PRIORITIES]), help="Who goes first when requests wait. [default: normal]")
@@ -474,7 +481,7 @@ def _advice(error: CarouselError) -> str:
     text = error.message or "the server gave no reason"
     for field, description in error.fields.items():
         if field not in text:
-            text += f"; {field}: {description}"
+            text = f"{field}: {text}" if description in text else f"{text}; {field}: {description}"
     if error.retry_after_s is not None:
         text += f"; try again in {error.retry_after_s:.3g} s"
     if error.code is grpc.StatusCode.INTERNAL:

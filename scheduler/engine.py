@@ -288,9 +288,21 @@ class Engine:
         self._workers.send(self.worker, Welcome(self.core.config.group, self.core.epoch))
         self._tell_facts()
         if not self._ready_told:
+            self._warn_of_quotas(facts.num_blocks)
             self._tell_supervisor("ready")
             self._ready_told = True
         return outputs
+
+    def _warn_of_quotas(self, num_blocks: int) -> None:
+        """Of those that bound nothing: only now it is known how many blocks there are."""
+        for tenant in self.config.core.tenants:
+            if tenant.max_blocks > num_blocks:
+                log.warning(
+                    "--tenant %s:blocks=%d has no effect: the KV cache has %d blocks",
+                    tenant.name,
+                    tenant.max_blocks,
+                    num_blocks,
+                )
 
     def _resync(self) -> list[Output]:
         """The worker's mirror is void: everything that ran waits again, and a new epoch begins with the same worker."""

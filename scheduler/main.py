@@ -8,12 +8,13 @@ from typing import cast
 
 import click
 
+from scheduler.command import OneLineCommand
 from scheduler.config import ServeConfig
 from scheduler.core import CoreConfig
 from scheduler.core.config import TenantLimits
 
 
-@click.command(context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
+@click.command(cls=OneLineCommand, context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
 @click.option(
     "--model", required=True, metavar="DIR_OR_HUB_ID", help="Checkpoint directory, or a model id of the Hugging Face hub."
 )
@@ -59,7 +60,8 @@ from scheduler.core.config import TenantLimits
     "--max-preemptions",
     type=click.IntRange(0),
     default=3,
-    help="After so many a request comes back only when it can stay; 0: no bound.",
+    help="Times that a request may lose its place to another one; then it comes back only when it can stay to its end. 0: as"
+    " often as need be.",
 )
 @click.option(
     "--max-unread-tokens",
@@ -80,7 +82,7 @@ from scheduler.core.config import TenantLimits
     " listed. Without *, once one is given, nobody else is served. [default: weight 1 and no quota for everybody]",
 )
 @click.option("--record", metavar="FILE", help="Write all that the core is told and plans, for `carousel replay`.")
-@click.option("--record-limit-mib", type=click.FloatRange(0, min_open=True), help="The recording ends at this size.")
+@click.option("--record-limit-mib", type=click.FloatRange(1), help="The recording ends at this size.")
 @click.option("--max-model-len", type=click.IntRange(2), help="Tokens of prompt and output together. [default: the model's]")
 @click.option("--block-size", type=click.IntRange(16, 128), default=16, help="Tokens of one KV-cache block.")
 @click.option("--num-blocks", type=click.IntRange(1), help="Blocks of the KV cache. [default: what the memory allows]")

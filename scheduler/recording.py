@@ -188,6 +188,7 @@ class Recording:
             raise RecordingError(f"{path} is not a recording of Carousel")
         if len(start) > len(MAGIC) and start[-1] != FORMAT_VERSION:
             raise RecordingError(f"{path} is of format {start[-1]}, this program reads format {FORMAT_VERSION}")
+        self.end = ""  # why the recorder stopped before the service did; known when all events were read
         self.header = self._header(next(self._contents(), b""))
 
     def events(self) -> Iterator[Event]:
@@ -196,7 +197,9 @@ class Recording:
         next(contents)
         for content in contents:
             event = _unpack(content)
-            if event.verb is not Verb.END:
+            if event.verb is Verb.END:
+                self.end = event.text
+            else:
                 yield event
 
     def _header(self, content: bytes) -> RecordingHeader:

@@ -24,6 +24,7 @@ import click
 import msgspec
 import numpy as np
 
+from scheduler.command import OneLineCommand
 from scheduler.core import Core
 from scheduler.core.core import ProtocolError
 from scheduler.recorder import renewed
@@ -55,7 +56,9 @@ class Report:
     error: str = ""  # why the recording could not be read to its end
     difference: list[str] = field(default_factory=list)  # the first one, in lines
     failures: list[str] = field(default_factory=list)  # of the core, recorded and found again
+    ended: str = ""  # why the recorder stopped before the service did
     events: int = 0
+    inputs: int = 0  # events that the core was told, without the questions for a plan
     requests: int = 0
     refused: int = 0
     steps: int = 0  # plans
@@ -92,6 +95,7 @@ class Replay:
     def _is_as_recorded(self, event: Event) -> bool:
         report = self.report
         report.events += 1
+        report.inputs += event.verb not in (Verb.PLAN, Verb.FAILED, Verb.RENEWED)
         self._first_ns = self._first_ns or event.now
         self._last_ns = max(self._last_ns, event.now)
         if event.verb is Verb.FAILED:
@@ -333,7 +337,9 @@ def list_events(recording: Recording, as_json: bool) -> int:
 # -------------------------------------------------------------------------------------------------------------- command
 
 
-@click.command(context_settings={"help_option_names": ["-h", "--help"], "show_default": True, "max_content_width": 110})
+@click.command(
+    cls=OneLineCommand, context_settings={"help_option_names": ["-h", "--help"], "show_default": True, "max_content_width": 110}
+)
 @click.argument("file", type=click.Path(path_type=Path))
 @click.option(
     "--hash-seeds",
@@ -367,6 +373,7 @@ def _replay(recording: Recording, file: Path, hash_seeds: int, as_json: bool) ->
     children = [_child(file, seed) for seed in range(1, hash_seeds)]
     try:
         report = Replay(recording.header).run(recording.events())
+        report.ended = recording.end
         others = [_finish(child) for child in children]
     finally:
         for child in children:
@@ -400,10 +407,15 @@ def _say(header: RecordingHeader, report: Report, others: list[Report]) -> None:
     print(f"recording: {requests}, {work}, {_counted(report.epochs, 'epoch')}, {report.seconds:.3f} s ({versions})")
     for failure in report.failures:
         print(f"the core's failure that was recorded is here again:\n{failure.rstrip()}")
+    if report.ended:
+        print(f"           it ends before the service did: {report.ended}")
     verdict = "every plan is the same, byte for byte" if report.same else "not the same"
     if report.error and not report.difference:
         verdict = "every plan up to there is the same, byte for byte"
-    print(f"replay:    {verdict}; {report.wall_seconds:.3f} s, PYTHONHASHSEED {report.hash_seed}")
+    if not report.steps and not report.difference:
+        verdict = "there is no plan to compare"
+    told = f"{_counted(report.inputs, 'input')}, {_counted(report.steps, 'plan')}"
+    print(f"replay:    {told}: {verdict}; {report.wall_seconds:.3f} s, PYTHONHASHSEED {report.hash_seed}")
     for other in others:
         same = other.digest == report.digest and other.steps == report.steps
         print(f"           {'the same' if same else 'NOT the same'} with PYTHONHASHSEED {other.hash_seed or '?'}")

@@ -125,6 +125,8 @@ def _reason(error: Exception) -> str:
         return " ".join(str(error).split())
     if isinstance(error, zmq.ZMQError):
         return f"--connect: {error}"
+    if isinstance(error, MemoryError):
+        return f"{one_line(error)}: lower --max-model-len or --max-batch-rows"
     return one_line(error)
 
 

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from kvcache.sizing import DEFAULT_CPU_BYTES, bytes_per_token, size_pool
+from kvcache.sizing import DEFAULT_CPU_BYTES, bytes_per_token, format_bytes, size_host_pool, size_pool
 from wire.messages import I32, ResultHeader, StepPlan, StepResult, WorkerFacts
 from worker import philox
 from worker.config import ConfigError, WorkerConfig
@@ -81,7 +81,11 @@ class SimExecutor:
     @staticmethod
     def of(config: WorkerConfig, model_dir: Path | None) -> SimExecutor:
         """As told by a worker's options, with the shape of the model in `model_dir` if there is one."""
-        shape = _shape_of(model_dir) if model_dir is not None else _Shape(vocab_size=config.sim.vocab_size)
+        shape = _Shape(vocab_size=config.sim.vocab_size)
+        if model_dir is not None:
+            shape, wished = _shape_of(model_dir), config.max_model_len
+            if wished is not None and wished > shape.longest:
+                raise ConfigError(f"--max-model-len {wished:,} is beyond what the model can, {shape.longest:,} tokens")
         pool = size_pool(
             bytes_per_token=shape.kv_bytes_per_token,
             block_size=config.block_size,
@@ -92,6 +96,8 @@ class SimExecutor:
             default_bytes=DEFAULT_CPU_BYTES,
             wish=config.wish,
         )
+        host_blocks = config.sim.host_blocks or size_host_pool(pool.block_bytes, sys.maxsize, config.swap_bytes or 0)
+        swap = f", {format_bytes(host_blocks * pool.block_bytes)} of host memory to swap to" if host_blocks else ""
         facts = sim_facts(
             vocab_size=shape.vocab_size,
             max_model_len=pool.max_model_len,
@@ -103,8 +109,8 @@ class SimExecutor:
             architecture=shape.architecture,
             dtype=shape.dtype,
             pid=os.getpid(),
-            description=f"simulated {shape.architecture}, no model; KV cache {pool}",
-            num_host_blocks=config.sim.host_blocks,
+            description=f"simulated {shape.architecture}, no model; KV cache {pool}{swap}",
+            num_host_blocks=host_blocks,
             swap_block_ns=config.sim.swap_block_ns,
         )
         sim = config.sim
@@ -203,6 +209,7 @@ class _Shape:
     kv_bytes_per_token: int = 131_072
     architecture: str = "model"
     dtype: str = "none"
+    longest: int = 4_096  # tokens that the model can take
 
 
 def _shape_of(model_dir: Path) -> _Shape:
@@ -223,12 +230,16 @@ def _parse_shape(config: dict[str, Any]) -> _Shape:
     head_dim = config.get("head_dim") or config["hidden_size"] // heads
     dtype = config.get("dtype") or config.get("torch_dtype") or "float32"
     kv_heads = config.get("num_key_value_heads") or heads
+    max_model_len = config.get("max_position_embeddings", _Shape().max_model_len)
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    stretched = rope.get("factor", 1.0) * rope.get("original_max_position_embeddings", max_model_len)  # by yarn
     return _Shape(
         vocab_size=config["vocab_size"],
-        max_model_len=config.get("max_position_embeddings", _Shape().max_model_len),
+        max_model_len=max_model_len,
         kv_bytes_per_token=bytes_per_token(config["num_hidden_layers"], kv_heads, head_dim, 4 if dtype == "float32" else 2),
         architecture=config.get("architectures", ["model"])[0],
         dtype=dtype,
+        longest=max(max_model_len, int(stretched) if rope.get("rope_type", rope.get("type")) == "yarn" else 0),
     )
 
 

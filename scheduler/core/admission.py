@@ -35,21 +35,20 @@ class Hindered:
     missing_blocks: int
     needed_blocks: int
     available: int  # blocks then
+    num_known: int  # blocks in the prefix index then
 
 
 def place_of(core: Core, sequence: Sequence) -> Place | None:
     """What the sequence would take; None: it waits for a sibling to compute the prompt that they share."""
     request, kv = sequence.request, core.kv
-    num_tokens, num_prompt = sequence.num_tokens, len(request.prompt)
-    reserves = core.policy.reserves_outputs or sequence.preemptions >= core.config.max_preemptions > 0
-    place = Place(num_prompt + request.max_outputs - 1 if reserves else num_tokens)
+    num_tokens, num_prompt = sequence.num_tokens, request.num_prompt_tokens
+    place = Place(tokens_to_place(core, sequence))
     if sequence.host_blocks is not None:
         place.num_computed = sequence.lost_tokens
     if core.policy.reserves_outputs:
         return place
     if sequence.digests:
         most = (place.num_computed or num_tokens - 1) // kv.block_size
-        core.publish_full()
         place.shared = kv.lookup(sequence.digests, most)
         place.num_hits = len(place.shared)
     if sequence.host_blocks is not None:
@@ -70,6 +69,12 @@ def place_of(core: Core, sequence: Sequence) -> Place | None:
         elif sequence.state is State.WAITING:
             return None
     return place
+
+
+def tokens_to_place(core: Core, sequence: Sequence) -> int:
+    """Tokens that it gets blocks for: those known, or where they are reserved all that it may yet have."""
+    reserves = core.policy.reserves_outputs or sequence.preemptions >= core.config.max_preemptions > 0
+    return sequence.num_prompt_tokens + sequence.request.max_outputs - 1 if reserves else sequence.num_tokens
 
 
 def spare_blocks(core: Core) -> int:

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 MOST_OUTPUTS = 1024  # of one request
 _SECOND = 1_000_000_000
+_UNKNOWN_TENANT = "no tenant {!r} is served here, and none without an entry of its own: the server knows tenants by --tenant"
 
 
 def why_not(core: Core, add: AddRequest, frontend: int, now: int) -> Refused | None:
@@ -58,7 +59,7 @@ def _not_large(core: Core, add: AddRequest, refused: Callable[..., Refused]) -> 
     header, num_prompt, kv = add.header, len(add.prompt), core.kv
     tenant = core.tenants.index_of(header.tenant)
     if tenant is None:
-        return refused("PERMISSION_DENIED", f"tenant {header.tenant!r} has no quota on this server", "scheduling.tenant")
+        return refused("PERMISSION_DENIED", _UNKNOWN_TENANT.format(header.tenant), "scheduling.tenant")
     wanted = num_prompt + max(header.max_tokens, 1)
     if max_outputs(core, num_prompt, header.max_tokens, tenant) >= max(header.max_tokens, 1):
         return None
@@ -69,7 +70,7 @@ def _not_large(core: Core, add: AddRequest, refused: Callable[..., Refused]) -> 
     return refused(
         "FAILED_PRECONDITION",
         f"the request needs {kv.blocks_for(wanted - 1)} blocks for {wanted} tokens, "
-        f"{holder} {num_blocks} of {kv.block_size} tokens",
+        f"{holder} {num_blocks} of {kv.block_size} tokens: ask for a lower max_tokens or send a shorter prompt",
     )
 
 
@@ -86,9 +87,9 @@ def _not_now(core: Core, add: AddRequest, now: int, refused: Callable[..., Refus
             refusal.details = {"estimate_ms": f"{estimate / 1e6:.0f}", "left_ms": f"{left / 1e6:.0f}"}
             return refusal
     if not queue.has_room_for(len(add.prompt)):
-        message = f"{len(queue)} requests with {queue.num_tokens} prompt tokens wait already"
+        message = f"{queue.num_requests} requests with {queue.num_tokens} prompt tokens wait already"
         refusal = refused("RESOURCE_EXHAUSTED", message, retry_after_ns=drain_time(core, len(add.prompt)))
-        refusal.details = {"waiting_requests": str(len(queue)), "waiting_tokens": str(queue.num_tokens)}
+        refusal.details = {"waiting_requests": str(queue.num_requests), "waiting_tokens": str(queue.num_tokens)}
         return refusal
     return None
 
@@ -108,11 +109,25 @@ def time_to_first_token(core: Core, add: AddRequest) -> int:
     """Nanoseconds, by the step costs measured so far (0: none measured): the prompts that go before, then its own; and when
     nobody can be admitted, as long as those before it take to find places."""
     queue = core.queue
-    ahead = queue.tokens_ahead(add.header.priority, core.tenants.index_of(add.header.tenant) or 0) + unfinished_prompts(core)
-    computing = core.step_cost.prefill_ns(ahead + len(add.prompt))
+    hashes = add.prefix_hashes.tobytes() if add.header.hash_block_size == core.kv.block_size else b""
+    own, pairs = tokens_to_compute(core, len(add.prompt), hashes)
+    alone = core.step_cost.prefill_ns(own, core.token_budget, pairs)
+    order_ns = add.header.deadline_ns - alone if add.header.deadline_ns else None
+    tenant = core.tenants.index_of(add.header.tenant) or 0
+    ahead = queue.tokens_ahead(add.header.priority, tenant, order_ns) + unfinished_prompts(core)
+    mean = queue.num_tokens // max(1, queue.num_requests)  # tokens of a prompt that waits
+    computing = core.step_cost.prefill_ns(ahead + own, core.token_budget, pairs + ahead * mean // 2)
     if core.rows.num_free and core.hindered is None:
         return computing
-    return max(computing, core.mean_end_interval() + core.step_cost.prefill_ns(len(add.prompt)))
+    return max(computing, core.mean_end_interval() + alone)
+
+
+def tokens_to_compute(core: Core, num_prompt: int, hashes: bytes) -> tuple[int, int]:
+    """(tokens of a prompt with these blocks' hashes that are not in the prefix cache now, pairs that they attend over)."""
+    size = core.kv.block_size
+    hits = len(core.kv.lookup(hashes, (num_prompt - 1) // size)) * size if hashes and not core.policy.reserves_outputs else 0
+    own = num_prompt - hits
+    return own, own * hits + own * (own + 1) // 2
 
 
 def unfinished_prompts(core: Core) -> int:
@@ -135,6 +150,6 @@ def drain_time(core: Core, num_tokens: int) -> int:
     if not interval:
         return _SECOND
     queue = core.queue
-    mean = max(1, queue.num_tokens // max(1, len(queue)))
+    mean = max(1, queue.num_tokens // max(1, queue.num_requests))
     places = max(1, -(-(queue.num_tokens + num_tokens - queue.max_tokens) // mean))
     return min(max(places * interval, _SECOND // 100), 60 * _SECOND)

@@ -13,7 +13,7 @@ class TenantLimits:
 
     name: str
     weight: int = 1  # its share of the tokens served, against the others' weights
-    max_blocks: int = 0  # most blocks that its requests may hold at a time; 0: no quota
+    max_blocks: int = 0  # most blocks that its sequences may hold at a time, one that several share for each; 0: no quota
 
     def __post_init__(self) -> None:
         if not self.name:

@@ -130,12 +130,15 @@ class Core:
         self._ended_requests: OrderedDict[str, Request] = OrderedDict()
         self._holding: dict[int, Request] = {}  # by number; those with outputs that wait for a sibling's prompt
         self._deadlines = Deadlines()
-        self._end_times: deque[int] = deque(maxlen=64)
+        self._end_times: deque[int] = deque(maxlen=64)  # of requests, by a clock that stands still while there is none
+        self._busy_ns = 0
+        self._busy_since_ns = 0
         self._next_number = 1
         self._next_sequence_id = 0
         self._next_step = 0
         self._num_running = 0  # requests with a row
         self._uses_quotas = any(tenant.max_blocks for tenant in config.tenants)
+        self._sit_out = False  # at the last plan some rows had nothing to compute, or a reader far behind
         self._may_publish = False  # tokens have come since `publish_full`
         self._now = 0  # of the plan being made
         self._kv_tokens = 0  # computed tokens of all that run, counting plans in flight
@@ -170,25 +173,29 @@ class Core:
             accepted_ns=now,
             num_live=header.num_outputs,
         )
+        if not self._requests:
+            self._busy_since_ns = now
         self._next_number += 1
         self._requests[header.request_id] = request
         self.tenants.enter(tenant)
-        prefill_ns = self.step_cost.prefill_ns(len(add.prompt)) if header.deadline_ns else 0
-        latest_start = header.deadline_ns - prefill_ns
+        latest_start = self._latest_start(request) if header.deadline_ns else 0
+        shares = header.num_outputs > 1 and not self.policy.reserves_outputs
         for index in range(header.num_outputs):
             sequence = Sequence(
                 request=request,
                 output_index=index,
                 sequence_id=self._next_sequence_id,
                 order_ns=latest_start if header.deadline_ns else now + _PATIENCE_NS,
-                state=State.HELD if index else State.WAITING,
+                state=State.HELD if index and shares else State.WAITING,
                 digests=request.digests,
             )
             self._next_sequence_id += 1
             request.sequences.append(sequence)
             self._by_handle[frontend, sequence.handle] = sequence
-        self.queue.push(request.sequences[0])
-        if header.num_outputs > 1:
+        for sequence in request.sequences:
+            if sequence.state is State.WAITING:
+                self.queue.push(sequence)
+        if shares:
             self._holding[request.number] = request
         if header.deadline_ns:
             self._deadlines.set(min(latest_start, expiry(request)), request)
@@ -228,7 +235,7 @@ class Core:
             if sequence.slot >= 0 and self.rows.sequences[sequence.slot] is sequence:
                 self.rows.take(sequence.slot, count, self.config.max_unread_tokens)
                 sequence.taken = int(self.rows.taken[sequence.slot])
-                unread = int(self.rows.num_outputs[sequence.slot]) - sequence.taken
+                unread = int(self.rows.num_tokens[sequence.slot]) - sequence.num_prompt_tokens - sequence.taken
             else:
                 sequence.taken = min(sequence.taken + count, len(sequence.outputs))
                 unread = len(sequence.outputs) - sequence.taken
@@ -240,7 +247,8 @@ class Core:
         """A front end is gone, and with it the readers of its requests."""
         for request in [request for request in self._requests.values() if request.frontend == frontend]:
             self._end_request(request, EndReason.CANCELLED, now)
-        self.take_outputs()
+        self._emitted.tokens.pop(frontend, None)  # nobody is there to hear them
+        self._emitted.ended.pop(frontend, None)
 
     def set_policy(self, name: str, now: int) -> str:
         """Another policy from the next plan on; nothing running is lost. Says why not, or nothing."""
@@ -250,8 +258,12 @@ class Core:
             return str(error)
         if not policy.keeps_ended_rows:
             self.release_padding()
+        if policy.reserves_outputs:
+            for request in list(self._holding.values()):
+                self._release_held(request)
         self.policy = policy
         self.hindered = None
+        self.queue.resume_all()
         return ""
 
     # ------------------------------------------------------------------------------------------------- workers
@@ -269,7 +281,7 @@ class Core:
         self.static_batch_size = min(self.config.static_batch_size or rows, rows)
         self._new_epoch(rows, facts.num_blocks, facts.block_size, facts.vocab_size, facts.num_host_blocks)
         for request in list(self._requests.values()):  # accepted on the last worker's word
-            room = arrival.max_outputs(self, len(request.prompt), request.max_outputs, request.tenant)
+            room = arrival.max_outputs(self, request.num_prompt_tokens, request.max_outputs, request.tenant)
             if other_model:
                 self._end_request(request, EndReason.ERROR, now, message="the new worker has another model")
             elif not request.header.max_tokens and room > max(len(sequence.outputs) for sequence in request.live()):
@@ -305,6 +317,10 @@ class Core:
         for pool in (self.kv.pool, self.kv.host):
             pool.returned(self._next_step)
         self._free_slots(self._next_step)
+        for sequence in self._by_handle.values():  # the tokens that they were aside for may not come any more
+            if sequence.state is State.PARKED and len(sequence.outputs) - sequence.taken < self.config.max_unread_tokens:
+                sequence.become(State.PREEMPTED)
+                self.queue.push_back(sequence)
         for request in [request for request in self._requests.values() if request.crashes > self.config.max_crashes]:
             message = f"the worker failed {request.crashes} times while it ran"
             self._end_request(request, EndReason.ERROR, now, message=message)
@@ -348,6 +364,8 @@ class Core:
         if not self.connected or len(self.in_flight) >= PIPELINE_DEPTH:
             return None
         selection = self.policy.select(self)
+        if not len(selection.slots) and self._sit_out:  # known only now: those whose readers have stopped may go
+            selection = self.policy.select(self)
         if not len(selection.slots) and not len(selection.padding) and not self._swaps_out:
             return None
         return self._build(selection, now)
@@ -384,6 +402,7 @@ class Core:
     def running(self) -> Slots:
         order = self.rows.in_order()
         slots: Slots = order[self.rows.num_tokens[order] < self.rows.limit[order]]
+        self._sit_out = len(slots) < len(order)
         return slots
 
     def padding(self) -> Slots:
@@ -403,7 +422,12 @@ class Core:
         if not self.rows.num_free or (head := self.queue.head()) is None:
             return 0
         hindered = self.hindered
-        if hindered is not None and hindered.sequence is head and self.kv.pool.num_available <= hindered.available:
+        if (
+            hindered is not None
+            and hindered.sequence is head
+            and self.kv.pool.num_available <= hindered.available
+            and len(self.kv.pool.index) <= hindered.num_known
+        ):
             return 0  # as when it was last tried
         priority: int = head.priority
         return priority
@@ -424,8 +448,7 @@ class Core:
             slots, full = self._within_quotas(slots, full)
         while (wanted := np.count_nonzero(full)) > pool.num_available + pool.num_retiring:
             victim = preemption.victim(rows, preemption.candidates(rows))
-            wanting = self.rows.sequence(int(slots[full][-1]))
-            self._preempt(victim, self._now, wanting)
+            self._preempt(victim, self._now, self._wanting(slots[full], victim))
             full, slots = full[slots != victim], slots[slots != victim]
         if not wanted:
             return slots
@@ -453,19 +476,26 @@ class Core:
                 if tenants.held_blocks[tenant] + len(growing) <= tenants.max_blocks[tenant]:
                     break
                 victim = preemption.victim(rows, preemption.candidates(rows, tenant=tenant))
-                self._preempt(victim, self._now, self.rows.sequence(int(growing[-1])))
+                self._preempt(victim, self._now, self._wanting(growing, victim))
                 full, slots = full[slots != victim], slots[slots != victim]
         return slots, full
 
     def make_room(self) -> None:
         rows, pool = self.rows, self.kv.pool
-        if self.policy.reserves_outputs or (rows.num_free and self.hindered is None):
+        if self.policy.reserves_outputs:
+            self._put_aside()
+            return
+        if rows.num_free and self.hindered is None:
             return  # nothing is short, or it was not tried yet
-        if not rows.has_below(self.queue.highest_priority()) or (sequence := self.queue.head()) is None or sequence.slot >= 0:
+        if not self._sit_out and not rows.has_below(self.queue.highest_priority()):
             return  # nobody could go
+        sequence = self._head_within_quota()
+        if sequence is None or sequence.slot >= 0:
+            return
         lower = preemption.candidates(rows, below=sequence.priority)
         if not len(lower):
             return
+        self.publish_full()
         place = admission.place_of(self, sequence)
         if place is None:
             return
@@ -480,8 +510,26 @@ class Core:
             lower = lower[lower != victim]
             self._preempt(victim, self._now, sequence)
 
+    def _put_aside(self) -> None:
+        """When somebody waits, all rows whose readers have stopped, so that a batch that admits only as a whole can end."""
+        if self._sit_out and (sequence := self.queue.head()) is not None:
+            for slot in preemption.candidates(self.rows, below=0).tolist():
+                self._preempt(slot, self._now, sequence)
+
+    def is_oldest_turn(self) -> bool:
+        return self._next_step % self.config.oldest_every == 0
+
+    def _head_within_quota(self) -> Sequence | None:
+        while (sequence := self.queue.head()) is not None and self._uses_quotas:
+            num_blocks = self.kv.blocks_for(admission.tokens_to_place(self, sequence))
+            if not admission.passes_quota(self, sequence.tenant, num_blocks):
+                break
+            self.queue.pass_over(sequence.tenant)
+        return sequence
+
     def admit(self) -> int | None:
-        while (sequence := self.queue.head()) is not None:
+        self.publish_full()
+        while (sequence := self._head_within_quota()) is not None:
             if sequence.slot >= 0 or not self.rows.num_free:
                 return None
             available = self.kv.pool.num_available
@@ -489,14 +537,10 @@ class Core:
             if place is None:
                 self._hold(sequence)
                 continue
-            num_blocks = self.kv.blocks_for(place.num_tokens)
-            if self._uses_quotas and admission.passes_quota(self, sequence.tenant, num_blocks):
-                self.queue.pass_over(sequence.tenant)
-                continue
             needed = self.kv.cost(place.num_tokens, place.shared, place.copies_last)
             missing = needed + admission.spare_blocks(self) - available
             if missing > 0:
-                self.hindered = Hindered(sequence, missing, needed, available)
+                self.hindered = Hindered(sequence, missing, needed, available, len(self.kv.pool.index))
                 return None
             self.hindered = None
             return self._admit(sequence, place)
@@ -520,7 +564,7 @@ class Core:
         self._starts.append(slot)
         if request.digests or self._hashes(request):
             rows.num_published[slot] = place.num_hits
-            rows.next_publish[slot] = (place.num_hits + 1) * kv.block_size - len(request.prompt) + 1
+            rows.next_publish[slot] = (place.num_hits + 1) * kv.block_size - request.num_prompt_tokens + 1
         if self._uses_quotas:
             self.tenants.held_blocks[request.tenant] += int(kv.tables.num_blocks[slot])
         if not request.num_running:
@@ -566,7 +610,7 @@ class Core:
         for sequence in request.sequences:
             if sequence.state is State.HELD:
                 sequence.become(State.WAITING)
-                self.queue.push_back(sequence)
+                self.queue.push(sequence)
         self._holding.pop(request.number, None)
 
     def is_empty(self) -> bool:
@@ -612,6 +656,8 @@ class Core:
 
     def num_outputs(self, sequence: Sequence) -> int:
         """Output tokens that have arrived."""
+        if sequence.state is State.ENDED:
+            return sequence.num_ended_outputs
         slot = sequence.slot
         held = slot >= 0 and self.rows.sequences[slot] is sequence
         return int(self.rows.num_outputs[slot]) if held else len(sequence.outputs)
@@ -634,7 +680,7 @@ class Core:
         return self._requests.values()
 
     def mean_end_interval(self) -> int:
-        """Nanoseconds between the last ends of requests; 0: not known yet."""
+        """Nanoseconds between the last ends of requests, without the time in which there were none; 0: not known yet."""
         if len(self._end_times) < 2:
             return 0
         return (self._end_times[-1] - self._end_times[0]) // (len(self._end_times) - 1)
@@ -660,11 +706,20 @@ class Core:
             if now >= end_ns:
                 self._end_request(request, EndReason.DEADLINE, now, message="its deadline has passed")
             elif waits and not request.header.partial_at_deadline:
-                prefill_ns = self.step_cost.prefill_ns(len(request.prompt))
+                latest_start = self._latest_start(request)
+                if now < latest_start:  # steps were measured as faster meanwhile, or a prefix was found
+                    self._deadlines.set(min(latest_start, end_ns), request)
+                    continue
+                prefill_ns = request.header.deadline_ns - latest_start
                 message = f"its first token would take {prefill_ns / 1e6:.0f} ms, and {(end_ns - now) / 1e6:.0f} ms are left"
                 self._end_request(request, EndReason.DEADLINE, now, message=message)
             else:
                 self._deadlines.set(end_ns, request)
+
+    def _latest_start(self, request: Request) -> int:
+        """When its prompt must begin to be computed to have its first token by its deadline, with what is cached now."""
+        num_tokens, pairs = arrival.tokens_to_compute(self, request.num_prompt_tokens, request.digests)
+        return request.header.deadline_ns - self.step_cost.prefill_ns(num_tokens, self.token_budget, pairs)
 
     def _build(self, selection: Selection, now: int) -> StepPlan:
         rows, slots, grown = self.rows, selection.slots, self._grown
@@ -743,7 +798,7 @@ class Core:
 
     def _look_at_held(self, request: Request) -> None:
         """Siblings join once the prompt is computed, or nobody is left who would compute it."""
-        prompt = len(request.prompt)
+        prompt = request.num_prompt_tokens
         running = [sequence.slot for sequence in request.sequences if sequence.state is State.RUNNING]
         queued = any(sequence.state in (*QUEUED, State.PARKED) for sequence in request.sequences)
         held = any(sequence.state is State.HELD for sequence in request.sequences)
@@ -795,6 +850,11 @@ class Core:
             sequence.become(State.PREEMPTED)
             self.queue.push_back(sequence)
         return sequence
+
+    def _wanting(self, slots: Slots, victim: int) -> Sequence:
+        """For whose blocks the victim goes: the last of those that want one; itself when nobody else does."""
+        others = slots[slots != victim]
+        return self.rows.sequence(int(others[-1]) if len(others) else victim)
 
     def _should_swap(self, num_tokens: int, num_blocks: int) -> bool:
         facts = self.facts
@@ -912,6 +972,7 @@ class Core:
         sequence.preempted_since_ns = -1
         sequence.ended_ns = now
         sequence.end_reason = reason.value
+        sequence.num_ended_outputs = num_outputs
         sequence.become(State.ENDED)
         self._note_leave(sequence, reason.value)
         ended = OutputEnded(sequence.handle, reason, sequence.stats(num_outputs, now), stop_token_id, message)
@@ -933,7 +994,10 @@ class Core:
         self._ended_requests[request.request_id] = request
         if len(self._ended_requests) > _REMEMBERED_IDS:
             self._ended_requests.popitem(last=False)
-        self._end_times.append(now)
+        request.forget_tokens()
+        self._end_times.append(self._busy_ns + now - self._busy_since_ns)
+        if not self._requests:
+            self._busy_ns += now - self._busy_since_ns
         if reason is EndReason.CANCELLED:
             self.counters.cancelled += 1
         else:
@@ -974,8 +1038,6 @@ class Core:
         if was_preempted:
             sequence.outputs = outputs
             sequence.digests = self.rows.digests[slot, : self.rows.num_hashed[slot]].tobytes()
-        elif not sequence.request.num_live:  # remembered only for what it was
-            sequence.request.digests = sequence.digests = b""
 
     def _returned_step(self) -> int:
         """The latest step up to which all results have arrived."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from scheduler.core import admission
 from scheduler.core.core import Core
 from scheduler.core.preemption import is_reading
 from scheduler.core.request import QUEUED, Request, Sequence, State
@@ -20,7 +21,7 @@ def explain(core: Core, request_id: str, now: int) -> Explanation | None:
         return None
     sequence = _slowest(request)
     why, missing_rows, missing_blocks, needed = _hindrance(core, sequence)
-    head = core.queue.head()
+    least = core.queue.least_tenant(request.header.priority) if sequence.state is State.WAITING else None
     rank = core.queue.rank(sequence) if sequence.state in QUEUED else 0
     explanation = Explanation(
         request_id=request_id,
@@ -35,9 +36,9 @@ def explain(core: Core, request_id: str, now: int) -> Explanation | None:
         missing_blocks=missing_blocks,
         needed_blocks=needed,
         tenant_tokens=core.tenants.tokens_of(request.tenant) if request.num_live else 0,
-        least_tenant_tokens=core.tenants.tokens_of(head.tenant) if head is not None else 0,
+        least_tenant_tokens=core.tenants.tokens_of(request.tenant if least is None else least) if request.num_live else 0,
         predicted_start_ns=_predicted_start(core, sequence, rank, now),
-        num_prompt_tokens=len(request.prompt),
+        num_prompt_tokens=request.num_prompt_tokens,
         num_output_tokens=sum(core.num_outputs(each) for each in request.sequences),
         num_computed_tokens=int(core.rows.num_computed[sequence.slot]) if sequence.state is State.RUNNING else 0,
         preemptions=tuple(preemption for each in request.sequences for preemption in each.preempted_by),
@@ -66,10 +67,13 @@ def _hindrance(core: Core, sequence: Sequence) -> tuple[Hindrance, int, int, int
         return Hindrance.READER, 0, 0, 0
     if sequence.state is State.HELD:
         return Hindrance.SIBLING, 0, 0, 0
-    needed = core.kv.blocks_for(sequence.num_tokens)
+    place = admission.place_of(core, sequence)
+    if place is None:
+        return Hindrance.SIBLING, 0, 0, 0
+    num_blocks, needed = core.kv.blocks_for(place.num_tokens), core.kv.cost(place.num_tokens, place.shared, place.copies_last)
     quota, held = int(core.tenants.max_blocks[sequence.tenant]), int(core.tenants.held_blocks[sequence.tenant])
-    if 0 < quota < held + needed:
-        return Hindrance.QUOTA, 0, max(0, held + needed - quota), needed
+    if admission.passes_quota(core, sequence.tenant, num_blocks):
+        return Hindrance.QUOTA, 0, held + num_blocks - quota, num_blocks
     hindered = core.hindered
     if core.queue.head() is not sequence:
         return Hindrance.ORDER, 0, 0, needed
@@ -115,7 +119,7 @@ def _in_words(facts: Explanation) -> str:
     else:
         text = f"{facts.state.capitalize()}: {_why(facts)}."
         if facts.predicted_start_ns > facts.now_ns:
-            text += f" It should start in about {(facts.predicted_start_ns - facts.now_ns) // ms} ms."
+            text += f" It should start in about {round((facts.predicted_start_ns - facts.now_ns) / ms)} ms."
     for preemption in facts.preemptions:
         how = "swapped out" if preemption.swapped else "gave up"
         whom = f"for {preemption.by_request_id!r}" if preemption.by_request_id else "as the worker was lost"

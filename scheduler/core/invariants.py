@@ -30,7 +30,7 @@ def check_rows(rows: Rows, kv: KVCacheManager, kv_tokens: int) -> None:
 
 def _check_running(rows: Rows, kv: KVCacheManager, slot: int, sequence: Sequence) -> None:
     request, computed, num_tokens = sequence.request, int(rows.num_computed[slot]), int(rows.num_tokens[slot])
-    num_prompt, arrived = len(request.prompt), int(rows.num_outputs[slot])
+    num_prompt, arrived = request.num_prompt_tokens, int(rows.num_outputs[slot])
     room = int(kv.tables.num_blocks[slot]) * kv.block_size
     assert computed <= min(room, num_tokens), f"slot {slot} computed too much"
     assert arrived <= num_tokens - num_prompt <= rows.max_outputs[slot], f"slot {slot} miscounts outputs"

@@ -85,7 +85,7 @@ def _summary(core: Core, request: Request) -> RequestSummary:
         tenant=request.header.tenant,
         priority=request.header.priority,
         arrival_ns=request.header.arrival_ns,
-        num_prompt_tokens=len(request.prompt),
+        num_prompt_tokens=request.num_prompt_tokens,
         num_output_tokens=sum(core.num_outputs(sequence) for sequence in request.sequences),
         num_outputs=len(request.sequences),
         held_blocks=int(core.kv.tables.num_blocks[slots].sum()),

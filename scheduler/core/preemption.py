@@ -8,14 +8,16 @@ from kvcache.block_table import Slots
 from scheduler.core.rows import RUNNING, Rows
 
 
-def candidates(rows: Rows, *, tenant: int = -1, below: int = 0) -> Slots:
-    """Rows that may be preempted, by admission; of one tenant only, or to let in somebody of a class above theirs."""
+def candidates(rows: Rows, *, tenant: int = -1, below: int | None = None) -> Slots:
+    """Rows that may be preempted, by admission; of one tenant only, or (below: a class, 0 for none) to let somebody in: then
+    those of a class below, but not who was admitted by age, and any whose reader has stopped reading."""
     order = rows.in_order()
     may = (rows.state[order] == RUNNING) & ~rows.is_protected[order]
     if tenant >= 0:
         may &= rows.tenant[order] == tenant
-    if below:
+    if below is not None:
         may &= (rows.priority[order] < below) & ~rows.is_aged[order]
+        may |= (rows.state[order] == RUNNING) & ~is_reading(rows, order)
     slots: Slots = order[may]
     return slots
 

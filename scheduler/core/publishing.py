@@ -32,7 +32,7 @@ def publish(rows: Rows, kv: KVCacheManager, slot: int) -> None:
 
 def _tokens_of_block(rows: Rows, size: int, slot: int, block: int) -> I32:
     request = rows.sequence(slot).request
-    start = block * size - len(request.prompt)  # in the outputs
+    start = block * size - request.num_prompt_tokens  # in the outputs
     outputs: I32 = rows.outputs[slot, max(0, start) : start + size]
     return outputs if start >= 0 else np.concatenate([request.prompt[block * size :], outputs])
 

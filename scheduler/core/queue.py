@@ -50,7 +50,7 @@ class Waiting(Protocol):
     @property
     def order_ns(self) -> int: ...
     @property
-    def num_prompt_tokens(self) -> int: ...
+    def num_queued_tokens(self) -> int: ...  # prompt tokens to compute
 
 
 R = TypeVar("R", bound=Waiting)
@@ -239,7 +239,7 @@ class _Class:
         return self.num_tokens - self.num_returning_tokens
 
     def count_new(self, request: Waiting, sign: int) -> None:
-        tenant, bucket, num_tokens = request.tenant, request.order_ns // _BUCKET_NS, sign * request.num_prompt_tokens
+        tenant, bucket, num_tokens = request.tenant, request.order_ns // _BUCKET_NS, sign * request.num_queued_tokens
         if tenant >= len(self.tenant_tokens):
             self.tenant_tokens = np.concatenate([self.tenant_tokens, np.zeros(2 * tenant, np.int64)])
         self.num_tokens += num_tokens
@@ -252,8 +252,8 @@ class _Class:
             del self.bucket_tokens[tenant]
 
     def count_returning(self, request: Waiting, sign: int) -> None:
-        self.num_tokens += sign * request.num_prompt_tokens
-        self.num_returning_tokens += sign * request.num_prompt_tokens
+        self.num_tokens += sign * request.num_queued_tokens
+        self.num_returning_tokens += sign * request.num_queued_tokens
 
     def copy(self, counters: Callable[[], I64], passed: dict[int, None]) -> _Class:
         """For thinking ahead."""
@@ -276,6 +276,7 @@ class Queue(Generic[R]):
     def __init__(self, config: CoreConfig, tenants: Tenants) -> None:
         self.max_requests = config.max_queue_requests
         self.max_tokens = config.max_queue_tokens
+        self.num_requests = 0  # new ones; several outputs of one prompt count once
         self.num_tokens = 0  # prompt tokens of the new
         self._oldest_every = config.oldest_every
         self._admissions = 0
@@ -299,7 +300,7 @@ class Queue(Generic[R]):
 
     def has_room_for(self, num_tokens: int) -> bool:
         """Whether a new request of so many prompt tokens may wait. One always may when no other new one does."""
-        num_new = len(self._new)
+        num_new = self.num_requests
         return not num_new or (num_new < self.max_requests and self.num_tokens + num_tokens <= self.max_tokens)
 
     # ----------------------------------------------------------------------------------------------- come and go
@@ -311,7 +312,8 @@ class Queue(Generic[R]):
         if tenant not in cls.new.lines:
             self._lift(cls, tenant)
         self._new[sequence_id] = request
-        self.num_tokens += request.num_prompt_tokens
+        self.num_requests += request.num_queued_tokens > 0
+        self.num_tokens += request.num_queued_tokens
         cls.new.push(tenant, request.order_ns, sequence_id)
         cls.count_new(request, 1)
         self._oldest.push(tenant, sequence_id, sequence_id)
@@ -334,7 +336,8 @@ class Queue(Generic[R]):
         """It waits no longer."""
         tenant, sequence_id, cls = request.tenant, request.sequence_id, self._class_of(request)
         if self._new.pop(sequence_id, None) is not None:
-            self.num_tokens -= request.num_prompt_tokens
+            self.num_requests -= request.num_queued_tokens > 0
+            self.num_tokens -= request.num_queued_tokens
             cls.count_new(request, -1)
             cls.new.discard(tenant, sequence_id)
             if tenant not in cls.new.lines and tenant not in self._passed:
@@ -382,7 +385,7 @@ class Queue(Generic[R]):
 
     def highest_priority(self) -> int:
         """Of all that wait; 0 when nobody does. `head` may be of a lower class."""
-        return next((priority for priority, cls in self._classes.items() if cls.num_tokens), 0)
+        return next((priority for priority, cls in self._classes.items() if cls.new.lines or cls.returning.lines), 0)
 
     def head(self) -> R | None:
         """Who is next; the same until something changes. None: nobody waits but those passed over."""
@@ -393,6 +396,11 @@ class Queue(Generic[R]):
             if first is not None:
                 return self._request(first)
         return None
+
+    def least_tenant(self, priority: int) -> int | None:
+        """Whose new requests of this class are the next; None: nobody has one, but those passed over."""
+        first = self._classes[priority].new.first()
+        return None if first is None else first[2]
 
     def rank(self, request: R) -> int:
         """How many go before it if nobody comes and nothing but prompts is charged. Exact up to 100 where at most 1,000 wait,
@@ -406,7 +414,7 @@ class Queue(Generic[R]):
             if head is None or head.sequence_id == request.sequence_id:
                 return rank
             queue.take(head)
-            queue._tenants.charge_input(head.tenant, head.num_prompt_tokens)
+            queue._tenants.charge_input(head.tenant, head.num_queued_tokens)
         return max(_EXACT_RANK, self._estimated_rank(request))
 
     def tokens_ahead(self, priority: int, tenant: int, order_ns: int | None = None) -> int:

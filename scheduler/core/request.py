@@ -40,7 +40,7 @@ class Request:
     header: AddHeader
     frontend: int  # which front end it came from
     number: int  # counts up per core: the order of arrival
-    prompt: I32  # [num_prompt_tokens]
+    prompt: I32  # [num_prompt_tokens]; empty once all has ended
     tenant: int  # index in Tenants
     max_outputs: int  # output tokens at which an output ends with LENGTH
     digests: bytes  # of the prompt's full blocks, 16 bytes each; empty: past the prefix cache
@@ -48,11 +48,21 @@ class Request:
     sequences: list[Sequence] = field(default_factory=list)  # one for each output
     num_running: int = 0  # of its sequences
     num_live: int = 0  # of its sequences, not ended
+    num_prompt_tokens: int = field(init=False)
     crashes: int = 0  # failed steps and lost workers while it ran
+
+    def __post_init__(self) -> None:
+        self.num_prompt_tokens = len(self.prompt)
 
     @property
     def request_id(self) -> str:
         return self.header.request_id
+
+    def forget_tokens(self) -> None:
+        """Ended and remembered only for what it was."""
+        self.prompt, self.digests = _EMPTY, b""
+        for sequence in self.sequences:
+            sequence.outputs, sequence.digests = _EMPTY, b""
 
     def live(self) -> list[Sequence]:
         """Its outputs that have not ended."""
@@ -88,6 +98,7 @@ class Sequence:
     preempted_ns: int = 0
     preempted_first_ns: int = 0  # the part of it before the first token
     end_reason: str = ""
+    num_ended_outputs: int = 0  # output tokens that it had at its end
 
     @property
     def header(self) -> AddHeader:
@@ -111,12 +122,17 @@ class Sequence:
 
     @property
     def num_prompt_tokens(self) -> int:
-        return len(self.request.prompt)
+        return self.request.num_prompt_tokens
+
+    @property
+    def num_queued_tokens(self) -> int:
+        """Prompt tokens for which it counts in the queue: one output of a request does, the others share its blocks."""
+        return 0 if self.output_index else self.request.num_prompt_tokens
 
     @property
     def num_tokens(self) -> int:
         """Tokens known; only while it holds no row."""
-        return len(self.request.prompt) + len(self.outputs)
+        return self.request.num_prompt_tokens + len(self.outputs)
 
     def become(self, state: State) -> None:
         assert state in TRANSITIONS[self.state], f"{self.request_id}: {self.state.value} can't become {state.value}"

@@ -66,7 +66,7 @@ class Rows:
         """Takes the lowest free slot for the sequence; returns it. window: tokens that its reader may be behind."""
         slot = heapq.heappop(self._free)
         request, count = sequence.request, len(sequence.outputs)
-        num_prompt = len(request.prompt)
+        num_prompt = request.num_prompt_tokens
         self.state[slot] = RUNNING
         self.num_tokens[slot] = num_prompt + count
         self.max_tokens[slot] = num_prompt + request.max_outputs

@@ -145,13 +145,14 @@ class StepCost:
             low, high = (middle, high) if fits(middle) else (low, middle)
         return low
 
-    def prefill_ns(self, num_tokens: int, step_tokens: int = 512) -> int:
-        """To compute a prompt of so many tokens with nothing else, in steps of at most step_tokens."""
+    def prefill_ns(self, num_tokens: int, step_tokens: int = 512, pairs: int | None = None) -> int:
+        """To compute a prompt of so many tokens with nothing else, in steps of at most step_tokens. pairs: of a token and one
+        that it attends to, where it is not a single prompt from its start."""
         if not self._base or num_tokens <= 0:
             return 0
         steps, rest = divmod(num_tokens, step_tokens)
         base = steps * self._base_of(step_tokens) + (self._base_of(rest) if rest else 0.0)
-        return int(base + self._chunk_ns * _pairs(0, num_tokens))
+        return int(base + self._chunk_ns * (_pairs(0, num_tokens) if pairs is None else pairs))
 
     def recompute_ns(self, num_tokens: int, step_tokens: int = 512) -> int:
         """What computing so many tokens again adds to steps that others take anyway: without what every step costs."""

@@ -20,7 +20,7 @@ class Waiting:
     header: Header = field(default_factory=Header)
     tenant: int = 0
     order_ns: int = 0
-    num_prompt_tokens: int = 1
+    num_queued_tokens: int = 1
 
 
 def waiting(number: int, priority: int = 2, tenant: int = 0, order: int | None = None, tokens: int = 1) -> Waiting:

@@ -48,8 +48,9 @@ class Batch(Protocol):
         """Class of each row: 1 BATCH, 2 NORMAL, 3 INTERACTIVE."""
 
     def make_room(self) -> None:
-        """When the next request in the queue finds no place, preempts rows of lower classes for it, if that suffices. To be
-        asked before anything else: nobody may be preempted who is in the selection already."""
+        """When the next request in the queue finds no place, preempts rows for it, if that suffices: those whose readers have
+        stopped reading, and but for policies that reserve outputs those of lower classes. To be asked before anything else:
+        nobody may be preempted who is in the selection already."""
 
     def with_blocks(self, slots: Slots) -> Slots:
         """Those of `slots` (by admission) that have a block for their next token, after giving out free ones in that order.
@@ -59,6 +60,9 @@ class Batch(Protocol):
     def chunk_budget(self, decodes: Slots) -> int:
         """Most tokens of prompts for a step with these decodes: what the token budget leaves, and what keeps the step's
         predicted time to the configured inter-token time."""
+
+    def is_oldest_turn(self) -> bool:
+        """Whether the prompt admitted first goes first this time, whatever its class, so that nobody starves."""
 
     def next_priority(self) -> int:
         """Class of the head of the queue; 0 when nobody waits or there is no place for him."""

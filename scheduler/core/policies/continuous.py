@@ -1,8 +1,8 @@
 """Continuous batching (iteration-level scheduling, Orca 2022) with chunked prefill (Sarathi-Serve 2024): the default.
 
 Each step has one token budget. Decodes come first. What is left, and keeps to the inter-token time, goes to prompts class by
-class: chunks of those admitted, in order of admission, then new requests for as long as rows, blocks and budget last. Requests
-join and leave at every step.
+class: chunks of those admitted, in order of admission, then new requests for as long as rows, blocks and budget last; only
+now and then the prompt admitted first goes before all classes. Requests join and leave at every step.
 """
 
 from __future__ import annotations
@@ -25,19 +25,21 @@ class Continuous:
         if len(decodes) < len(running):
             running = batch.running()  # some may have been preempted for the decodes' blocks
             prompts = running[batch.missing(running) > 1]
-            prompts = prompts[np.argsort(-batch.priority(prompts), kind="stable")]
+            num_first = 1 if batch.is_oldest_turn() else 0
+            first, prompts = prompts[:num_first], prompts[num_first:]
+            prompts = np.append(first, prompts[np.argsort(-batch.priority(prompts), kind="stable")])
         else:
-            prompts = running[:0]
+            prompts, num_first = running[:0], 0
         if not len(prompts) and not batch.next_priority():
             return Selection(decodes, np.ones(len(decodes), np.int32))
-        slots, takes = self._prompts(batch, prompts, batch.chunk_budget(decodes))
+        slots, takes = self._prompts(batch, prompts, num_first, batch.chunk_budget(decodes))
         ones = np.ones(len(decodes), np.int32)
         if not slots:
             return Selection(decodes, ones)
         return Selection(np.append(decodes, slots), np.append(ones, np.array(takes, np.int32)))
 
-    def _prompts(self, batch: Batch, prompts: Slots, left: int) -> tuple[list[int], list[int]]:
-        """Slots and how many tokens of each, at most `left` together."""
+    def _prompts(self, batch: Batch, prompts: Slots, num_first: int, left: int) -> tuple[list[int], list[int]]:
+        """Slots and how many tokens of each, at most `left` together; nobody is admitted before the `num_first` first."""
         slots: list[int] = []
         takes: list[int] = []
         has_place = True
@@ -57,8 +59,9 @@ class Continuous:
                     take(slot, int(batch.missing(np.array([slot]))[0]))
 
         columns = prompts.tolist(), batch.missing(prompts).tolist(), batch.priority(prompts).tolist()
-        for slot, missing, priority in zip(*columns, strict=True):
-            admit(above=priority)
+        for i, (slot, missing, priority) in enumerate(zip(*columns, strict=True)):
+            if i >= num_first:
+                admit(above=priority)
             if not left:
                 break
             take(slot, missing)

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from scheduler.core.policies import Batch, Selection, chunked
+from scheduler.core.policies import Batch, Selection
+from wire.messages import I32
 
 
 class PrefillFirst:
@@ -18,6 +19,7 @@ class PrefillFirst:
     reserves_outputs = True
 
     def select(self, batch: Batch) -> Selection:
+        batch.make_room()
         running = batch.running()
         decodes = batch.with_blocks(running[batch.missing(running) == 1])  # wanted only by rows that another policy admitted
         running = batch.running()
@@ -26,7 +28,16 @@ class PrefillFirst:
         while budget > 0 and batch.next_priority() and (slot := batch.admit()) is not None:
             prompts = np.append(prompts, slot)
             budget -= int(batch.missing(prompts[-1:])[0])
-        takes = chunked(batch.missing(prompts), batch.token_budget)
+        takes = whole(batch.missing(prompts), batch.token_budget)
         prompts, takes = prompts[takes > 0], takes[takes > 0]
         decodes = decodes[: batch.token_budget - int(takes.sum())]
         return Selection(np.append(prompts, decodes), np.append(takes, np.ones(len(decodes), np.int32)))
+
+
+def whole(missing: I32, budget: int) -> I32:
+    """All of each row's missing tokens, in order, up to the first that does not fit; cut is only one that stands first."""
+    fits = np.cumsum(missing) <= budget
+    takes = np.where(np.logical_and.accumulate(fits), missing, 0).astype(np.int32)
+    if len(missing) and not fits[0]:
+        takes[0] = budget
+    return takes

@@ -17,6 +17,7 @@ class Static:
     reserves_outputs = True
 
     def select(self, batch: Batch) -> Selection:
+        batch.make_room()
         running = batch.running()
         if not len(running):
             batch.release_padding()

@@ -105,17 +105,27 @@ def test_prompts_that_go_before_count_and_those_that_do_not_do_not() -> None:
     core.accepted([1] * 30, 4, priority=INTERACTIVE)
     core.accepted([1] * 20, 4, priority=NORMAL)
     core.accepted([1] * 40, 4, priority=BATCH)
-    for priority, estimate in [(INTERACTIVE, 50), (NORMAL, 70), (BATCH, 110)]:
+    for priority, estimate in [(INTERACTIVE, 20), (NORMAL, 50), (BATCH, 70)]:
         refused = refusal(core, 10, 1, priority=priority)
-        assert refused is not None and refused.details["estimate_ms"] == str(estimate)
+        assert refused is not None and refused.details["estimate_ms"] == str(estimate), "its own class has no deadlines"
+
+
+def test_of_its_own_class_those_with_an_earlier_deadline_go_before() -> None:
+    core = learnt()
+    core.accepted([1] * 30, 4, deadline_ns=core.now + 3 * SECOND)
+    core.accepted([1] * 20, 4, deadline_ns=core.now + 9 * SECOND)
+    core.accepted([1] * 60, 4)
+    early, late = refusal(core, 10, 5, max_tokens=40), refusal(core, 100, 6000, max_tokens=150, whole=True, num_outputs=30)
+    assert early is not None and early.details["estimate_ms"] == "20"
+    assert late is not None and late.details["estimate_ms"] == str(140 + 149 * 40), "30 tokens of the first one's go before"
 
 
 def test_admitted_prompts_that_are_not_computed_yet_count_too() -> None:
-    core = learnt(budget=20)
-    core.accepted([1] * 50, 4, priority=BATCH)
+    core = learnt(budget=64)
+    core.accepted([1] * 100, 4, priority=BATCH)
     core.plan()
     refused = refusal(core, 10, 1, priority=INTERACTIVE)
-    assert refused is not None and refused.details["estimate_ms"] == str(10 + 30 + 10)
+    assert refused is not None and refused.details["estimate_ms"] == str(10 + 36 + 10)
 
 
 def test_a_request_that_is_too_large_is_told_so_whatever_its_deadline() -> None:

@@ -286,7 +286,9 @@ def test_the_start_is_predicted_by_rank_and_by_how_often_requests_end() -> None:
     core.step()
     for name in "abc":
         core.accepted([1], 9, request_id=name)
-    assert [why(core, name).predicted_start_ns - core.now for name in "abc"] == [30 * MS, 60 * MS, 90 * MS]
+    assert [why(core, name).predicted_start_ns - core.now for name in "abc"] == pytest.approx(
+        [30 * MS, 60 * MS, 90 * MS], rel=1e-6
+    )
     assert why(core, "c").text == "Waiting: 2 go first. It should start in about 90 ms."
     core.finish()
 
@@ -619,4 +621,64 @@ def test_what_was_told_does_not_change_with_the_core() -> None:
     core.cancel("a")
     core.answer()
     assert (reply.ref_counts.tolist(), reply.states.tolist()) == before
+    core.finish()
+
+
+def test_after_the_end_the_tokens_are_still_told() -> None:
+    core = driver()
+    request = core.accepted([1, 2, 3], 5, request_id="a")
+    core.finish()
+    answer = why(core, "a")
+    assert answer.num_output_tokens == 5 and request.end is not None and answer.stats == request.end.stats
+
+
+def test_tokens_of_an_output_that_has_ended_still_count() -> None:
+    core = driver()
+    outputs = core.accepted([1, 2, 3], 9, request_id="a", num_outputs=2).siblings
+    for _ in range(4):
+        core.step()
+    core.truncate(outputs[0], 3)
+    core.step()
+    assert list_requests(core.core, 0, 0, 9).requests[0].num_output_tokens == 3 + 4 == why(core, "a").num_output_tokens
+
+
+def test_the_victim_is_told_for_whom_it_went() -> None:
+    core = driver(num_blocks=3)
+    core.accepted([5, 6, 7], 9, request_id="low", priority=1)
+    core.accepted([1, 2, 3], 9, request_id="high", priority=3)
+    core.next_rows(), core.next_rows()
+    core.answer()
+    assert core.next_rows() == {"high": 1}
+    assert [each.by_request_id for each in why(core, "low").preemptions] == ["high"]
+    core.finish()
+
+
+@pytest.mark.parametrize("policy", ["prefill_first", "static"])
+def test_what_is_needed_counts_the_reservation(policy: str) -> None:
+    core = driver(policy=policy, rows=1)
+    for name in "abc":
+        core.accepted([1, 2], 8, request_id=name)
+    core.plan()
+    assert [numbers(why(core, name))[3] for name in "bc"] == [3, 3]
+    core.finish()
+
+
+@pytest.mark.parametrize("policy", ["prefill_first", "static"])
+def test_a_quota_counts_the_reservation(policy: str) -> None:
+    core = driver(policy=policy, tenants=(TenantLimits("t", max_blocks=4), TenantLimits("*")))
+    for name in "ab":
+        core.accepted([1, 2], 8, request_id=name, tenant="t")
+    core.plan()
+    answer = why(core, "b")
+    assert (answer.hindrance, answer.missing_blocks, answer.needed_blocks) == (Hindrance.QUOTA, 2, 3)
+    core.finish()
+
+
+def test_the_share_of_a_higher_classs_tenant_is_no_reason() -> None:
+    core = driver(rows=1)
+    core.accepted([1] * 8, 9, request_id="first", tenant="greedy")
+    core.accepted([1], 9, request_id="second", tenant="greedy")
+    core.step()
+    core.accepted([1], 9, request_id="high", tenant="other", priority=3)
+    assert why(core, "second").text == "Waiting: 1 go first."
     core.finish()

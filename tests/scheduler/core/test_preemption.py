@@ -578,7 +578,7 @@ def test_a_higher_class_takes_the_row_of_a_lower_one() -> None:
 
 def test_it_takes_no_more_rows_than_it_needs_of_the_lowest_class_and_least_work() -> None:
     core = driver(8, rows=4)
-    for name, length, priority in [("n", 7, NORMAL), ("b1", 7, BATCH), ("b2", 3, BATCH), ("b3", 3, BATCH)]:
+    for name, length, priority in [("n", 6, NORMAL), ("b1", 6, BATCH), ("b2", 2, BATCH), ("b3", 2, BATCH)]:
         core.accepted(range(length), 9, request_id=name, priority=priority)
     core.step()
     core.accepted(range(10), 9, request_id="i", priority=INTERACTIVE)

@@ -272,3 +272,11 @@ def test_after_a_lost_worker_those_that_ran_come_back_whole_and_first() -> None:
     core.lost(), core.joined()
     assert core.next_rows() == {"a": 4, "b": 4}, "2 prompt tokens and 2 outputs"
     core.finish()
+
+
+def test_a_prompt_that_does_not_fit_behind_another_waits_for_a_step_of_its_own() -> None:
+    core = driver(budget=10)
+    core.accepted(range(6), 9, request_id="a")
+    core.accepted(range(6), 9, request_id="b")
+    assert [core.next_rows(), core.next_rows()] == [{"a": 6}, {"b": 6, "a": 1}]
+    core.finish()

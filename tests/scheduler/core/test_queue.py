@@ -36,7 +36,7 @@ def taken(some: Queue[Waiting], count: int = 1000, charge: bool = False) -> list
         assert some.head() is head, "stable while nothing changes"
         some.take(head)
         if charge:
-            tenants(some).charge_input(head.tenant, head.num_prompt_tokens)
+            tenants(some).charge_input(head.tenant, head.num_queued_tokens)
         order.append(head.sequence_id)
     return order
 

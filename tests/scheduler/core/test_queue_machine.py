@@ -70,7 +70,7 @@ class QueueMachine(RuleBasedStateMachine):
             of.take(head)
         if charge:
             for tenants in (self.tenants, self.twins_tenants):
-                tenants.charge_input(head.tenant, head.num_prompt_tokens)
+                tenants.charge_input(head.tenant, head.num_queued_tokens)
         self.admissions += 1
         self.running[head.sequence_id] = self.waiting.pop(head.sequence_id)
 
@@ -130,7 +130,7 @@ class QueueMachine(RuleBasedStateMachine):
         assert self.queue.head() is self.twin.head()
         assert self.tenants.served.tolist() == self.twins_tenants.served.tolist()
         assert len(self.queue) == len(self.waiting) and all(request in self.queue for request in self.waiting.values())
-        assert self.queue.num_tokens == sum(request.num_prompt_tokens for request in self.twin.new)
+        assert self.queue.num_tokens == sum(request.num_queued_tokens for request in self.twin.new)
         assert set(self.queue._passed) == self.twin.passed
 
     @invariant()
@@ -149,10 +149,10 @@ class QueueMachine(RuleBasedStateMachine):
         for priority, cls in self.queue._classes.items():
             mine = [request for request in self.twin.new if request.header.priority == priority]
             back = [request for request in self.twin.returning if request.header.priority == priority]
-            assert cls.num_returning_tokens == sum(request.num_prompt_tokens for request in back)
-            assert cls.num_tokens - cls.num_returning_tokens == sum(request.num_prompt_tokens for request in mine)
+            assert cls.num_returning_tokens == sum(request.num_queued_tokens for request in back)
+            assert cls.num_tokens - cls.num_returning_tokens == sum(request.num_queued_tokens for request in mine)
             for tenant in range(NUM_TENANTS):
-                tokens = sum(request.num_prompt_tokens for request in mine if request.tenant == tenant)
+                tokens = sum(request.num_queued_tokens for request in mine if request.tenant == tenant)
                 assert cls.tenant_tokens[tenant] == tokens == cls.own_before(tenant, None)
 
 
@@ -224,7 +224,7 @@ class Server:
         before = self.tenants.served.copy()
         while len(self.rows) < self.num_rows and (head := self.queue.head()) is not None:
             self.queue.take(head)
-            self.tenants.charge_input(head.tenant, head.num_prompt_tokens)
+            self.tenants.charge_input(head.tenant, head.num_queued_tokens)
             self.rows.append([head.tenant, self.outputs.pop(head.sequence_id)])
         self.tenants.charge_outputs(np.array([tenant for tenant, _ in self.rows], np.int32))
         for tenant, served in enumerate((self.tenants.served - before).tolist()):

@@ -159,5 +159,5 @@ def test_the_delay_is_the_rate_at_which_requests_have_been_ending(gap: int, dela
         core.now += gap - 2 * core.tick
         core.cancel(name)
     core.accepted([1], 1)
-    assert refused(core.add([1], 1)).retry_after_ns == delay
+    assert refused(core.add([1], 1)).retry_after_ns == pytest.approx(delay, rel=1e-6)
     core.finish()

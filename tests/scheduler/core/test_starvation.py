@@ -6,18 +6,20 @@ The bound. X is the request, k the number of others alive when it comes, m = max
     them comes back at most m times before it is protected: X is admitted within K * (1 + k * (1 + m)) admissions. Later, when
     the k are gone, within K; the first number holds each time.
  2. How often: X loses its row at most m times, then it comes back with all its blocks, and stays. It waits at most 1 + m times.
- 3. Running: in each step X computes at least one of its tokens, unless it sits out until blocks that plans in flight still name
-    come back: at most 2 steps, the depth of the pipeline. It computes at most P + M tokens between two preemptions, P of the
-    prompt and M outputs: 3 * (P + M) steps, in each of which at most R others are admitted.
-Together: X ends within (1 + m) * (K * (1 + k * (1 + m)) + 3 * R * (P + M)) admissions of others.
-
+ 3. Running: in a step in which its prompt may have something, X computes at least one of its tokens, but for two kinds of
+    steps. Prompts that were admitted before it may take the whole budget: (R - 1) * L tokens at most, L the model's length, at
+    least one a step. And it may sit out until blocks that plans in flight still name come back: 2 steps, the depth of the
+    pipeline; when older rows want those too, it has lost its row, see 2. Prompts of a higher class go before its own, but for
+    one step in K. Between two preemptions it computes at most P + M tokens, P of the prompt and M outputs: within
+    K * (3 * (P + M) + R * L) steps, in each of which at most R others are admitted.
+Together: X ends within (1 + m) * (K * (1 + k * (1 + m)) + R * K * (3 * (P + M) + R * L)) admissions of others.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from scheduler.core import CoreConfig
@@ -26,6 +28,7 @@ from tests.helpers.fake_worker import worker_facts
 from wire import EndReason
 
 BATCH, NORMAL, INTERACTIVE = 1, 2, 3
+MODEL_LENGTH = 25
 
 
 @dataclass(frozen=True)
@@ -36,7 +39,7 @@ class World:
     oldest_every: int
     max_preemptions: int
     num_host_blocks: int
-    num_before: int  # others, alive when it comes
+    num_before: int  # requests of others, alive when it comes
     prompt: int
     max_tokens: int
     depth: int  # plans in flight
@@ -51,30 +54,29 @@ class Shape:
     num_outputs: int = 1
 
 
-def worlds(least_budget: int = 1) -> st.SearchStrategy[World]:
-    return st.builds(
-        World,
-        rows=st.integers(1, 4),
-        budget=st.integers(least_budget, least_budget + 12),
-        num_blocks=st.integers(6, 14),
-        oldest_every=st.sampled_from([1, 2, 3, 5]),
-        max_preemptions=st.integers(1, 3),
-        num_host_blocks=st.sampled_from([0, 0, 6]),
-        num_before=st.integers(0, 3),
-        prompt=st.integers(1, 12),
-        max_tokens=st.integers(1, 12),
-        depth=st.integers(1, 2),
-    )
-
-
-def shapes(most_prompt: int) -> st.SearchStrategy[list[Shape]]:
-    shape = st.builds(Shape, st.integers(1, most_prompt), st.integers(1, 12), st.sampled_from([1, 1, 1, 2]))
-    return st.lists(shape, min_size=1, max_size=5)
+worlds = st.builds(
+    World,
+    rows=st.integers(1, 4),
+    budget=st.integers(1, 13),
+    num_blocks=st.integers(7, 14),
+    oldest_every=st.sampled_from([1, 2, 3, 5]),
+    max_preemptions=st.integers(1, 3),
+    num_host_blocks=st.sampled_from([0, 0, 6]),
+    num_before=st.integers(0, 3),
+    prompt=st.integers(1, 12),
+    max_tokens=st.integers(1, 12),
+    depth=st.integers(1, 2),
+)
+floods = st.lists(
+    st.builds(Shape, st.integers(1, 12), st.integers(1, 12), st.sampled_from([1, 1, 1, 2])), min_size=1, max_size=5
+)
 
 
 def bound(world: World, num_rows: int, num_older: int) -> int:
-    each = world.oldest_every * (1 + num_older * (1 + world.max_preemptions))
-    return (1 + world.max_preemptions) * (each + 3 * num_rows * (world.prompt + world.max_tokens))
+    """Of admissions. num_older: k."""
+    waiting = world.oldest_every * (1 + num_older * (1 + world.max_preemptions))
+    running = num_rows * world.oldest_every * (3 * (world.prompt + world.max_tokens) + num_rows * MODEL_LENGTH)
+    return (1 + world.max_preemptions) * (waiting + running)
 
 
 def flooded(world: World, flood: list[Shape], *, priority: int, others: int) -> tuple[int, int]:
@@ -84,7 +86,7 @@ def flooded(world: World, flood: list[Shape], *, priority: int, others: int) -> 
         num_blocks=world.num_blocks,
         max_batch_rows=world.rows,
         max_step_tokens=world.budget,
-        max_model_len=25,
+        max_model_len=MODEL_LENGTH,
         num_host_blocks=world.num_host_blocks,
         swap_block_ns=1,
     )
@@ -93,6 +95,7 @@ def flooded(world: World, flood: list[Shape], *, priority: int, others: int) -> 
         max_step_tokens=world.budget,
         oldest_every=world.oldest_every,
         max_preemptions=world.max_preemptions,
+        target_itl_ns=0,
         max_queue_requests=10_000,
     )
     driver, number = CoreDriver(config, facts), 0
@@ -130,14 +133,38 @@ def flooded(world: World, flood: list[Shape], *, priority: int, others: int) -> 
 
 
 @settings(max_examples=60, deadline=None, derandomize=True)
-@given(worlds(), shapes(most_prompt=12))
+@given(worlds, floods)
 def test_a_flood_of_another_tenant_starves_nobody(world: World, flood: list[Shape]) -> None:
     num_admitted, most = flooded(world, flood, priority=NORMAL, others=NORMAL)
     assert num_admitted <= most
 
 
 @settings(max_examples=60, deadline=None, derandomize=True)
-@given(worlds(), shapes(most_prompt=12))
-def test_a_flood_of_a_higher_class_starves_nobody(world: World, flood: list[Shape]) -> None:
+@given(worlds, floods)
+def test_a_flood_of_a_higher_class_whose_prompts_fit_the_steps_starves_nobody(world: World, flood: list[Shape]) -> None:
+    world = replace(world, budget=world.rows * MODEL_LENGTH)
+    num_admitted, most = flooded(world, flood, priority=BATCH, others=INTERACTIVE)
+    assert num_admitted <= most
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(worlds, floods)
+@example(
+    World(
+        rows=4,
+        budget=8,
+        num_blocks=14,
+        oldest_every=5,
+        max_preemptions=1,
+        num_host_blocks=0,
+        num_before=0,
+        prompt=12,
+        max_tokens=3,
+        depth=2,
+    ),
+    [Shape(prompt=8, max_tokens=1)],
+)
+def test_a_flood_of_a_higher_class_with_prompts_that_fill_every_step_starves_nobody(world: World, flood: list[Shape]) -> None:
+    flood = [replace(shape, prompt=max(6, shape.prompt), max_tokens=min(2, shape.max_tokens)) for shape in flood]
     num_admitted, most = flooded(world, flood, priority=BATCH, others=INTERACTIVE)
     assert num_admitted <= most
