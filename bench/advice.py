@@ -22,8 +22,8 @@ def who(outcome: Outcome) -> str:
 
 def nothing_fits(outcome: Outcome) -> str:
     """Of a run in which every request was refused."""
-    facts = outcome.scenario.setup.facts
-    return f"no request of {outcome.scenario.workload.name} fits {facts.max_model_len:,} tokens: {_make_longer(outcome.scenario.setup)}"
+    scenario, setup = outcome.scenario, outcome.scenario.setup
+    return f"no request of {scenario.workload.name} fits {setup.facts.max_model_len:,} tokens: {_make_longer(setup)}"
 
 
 def refusals(outcome: Outcome) -> Iterator[str]:

@@ -24,6 +24,7 @@ from kvcache.prefix_index import hash_blocks, root
 from scheduler.core import Core, CoreConfig, Output
 from scheduler.core.arrival import unfinished_prompts
 from scheduler.core.placement import GroupLoad, place
+from scheduler.core.request import State
 from wire import AddHeader, AddRequest, SamplingSpec, StepPlan, StepResult, WorkerFacts
 from wire.messages import I32, U32
 
@@ -222,7 +223,7 @@ class Simulation:
             group=core.config.group,
             connected=True,
             hit_tokens=len(hits) * core.kv.block_size,
-            waiting_tokens=core.queue.num_tokens + unfinished_prompts(core),
+            waiting_tokens=core.queue.num_tokens + _returning_tokens(core) + unfinished_prompts(core),
             running_rows=core.rows.max_rows - core.rows.num_free,
             max_rows=core.rows.max_rows,
             available_blocks=core.kv.pool.num_available,
@@ -315,6 +316,14 @@ class Simulation:
             wall_s=self._wall_s,
             complete=self._complete,
         )
+
+
+def _returning_tokens(core: Core) -> int:
+    """That preempted requests have to compute again."""
+    if not core.counters.preemptions:
+        return 0
+    sequences = (sequence for request in core.live_requests() for sequence in request.sequences)
+    return sum(each.num_tokens for each in sequences if each.state is State.PREEMPTED and each.host_blocks is None)
 
 
 def simulate(setup: Setup, jobs: Iterator[Job], *, shares_prefixes: bool = False) -> Run:

@@ -15,6 +15,7 @@ from client.printing import closed_pipe, to_json, write_line, write_table
 
 _SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
 _MS, _SECOND = 1_000_000, 1_000_000_000
+_BY_ITSELF = (generation_pb2.FINISH_REASON_LENGTH, generation_pb2.FINISH_REASON_STOP)
 _PAGE = 1000  # requests; the most that the server gives at once
 
 
@@ -122,7 +123,7 @@ def explain(request_id: str, target: str, as_json: bool) -> None:
     write_table(("WHAT", "VALUE"), _facts(told))
     if told.preemptions:
         write_line("")
-        write_table(("PREEMPTED", "FOR", "TOKENS LOST", "HOW"), [_preemption_row(each, told) for each in told.preemptions])
+        write_table(("PREEMPTED", "FOR", "TOKENS LOST", "HOW"), _preemption_rows(told))
 
 
 def _facts(told: control_pb2.ExplainRequestResponse) -> Iterator[tuple[str, str]]:
@@ -130,7 +131,11 @@ def _facts(told: control_pb2.ExplainRequestResponse) -> Iterator[tuple[str, str]
     yield "state", _state(told.state) + (f" ({_reason(told.finish_reason)})" if told.HasField("finish_reason") else "")
     yield "class, tenant", f"{_class(told.priority)}, {told.tenant or '-'}"
     yield "arrived", f"{_time(told.now_ns - told.arrival_ns)} ago"
-    yield "hindered by", _hindrance(told)
+    if told.state == control_pb2.REQUEST_STATE_ENDED:
+        lived_ns = _lived_ns(told)
+        yield "ended", f"{_time(told.now_ns - told.arrival_ns - lived_ns)} ago, {_time(lived_ns)} after it arrived"
+    elif told.hindrance != control_pb2.HINDRANCE_NONE:
+        yield "hindered by", _hindrance(told)
     if told.state in (control_pb2.REQUEST_STATE_WAITING, control_pb2.REQUEST_STATE_PREEMPTED):
         yield "tenant was served", f"{told.tenant_tokens} weighted tokens; who is next: {told.least_tenant_tokens}"
     if told.HasField("predicted_start_ns"):
@@ -155,10 +160,24 @@ def _hindrance(told: control_pb2.ExplainRequestResponse) -> str:
     return "; ".join(said)
 
 
-def _preemption_row(preemption: control_pb2.Preemption, told: control_pb2.ExplainRequestResponse) -> Sequence[object]:
-    how = "swapped to host memory" if preemption.swapped else "given up, computed again"
-    ago = f"{_time(told.now_ns - preemption.at_ns)} ago"
-    return (ago, preemption.by_request_id or "the worker was lost", preemption.lost_tokens, how)
+def _lived_ns(told: control_pb2.ExplainRequestResponse) -> int:
+    """From its arrival to its end. Times in the queue after a preemption are part of the time to the first token when they came
+    before it, and stand beside the time of decoding when they came after."""
+    timing, first_ns = told.timing, told.timing.time_to_first_token_ns
+    if not first_ns:
+        return timing.queued_ns + timing.prefill_ns
+    came_back_after = any(preemption.at_ns >= told.arrival_ns + first_ns for preemption in told.preemptions)
+    return min(first_ns + timing.decode_ns + timing.preempted_ns * came_back_after, told.now_ns - told.arrival_ns)
+
+
+def _preemption_rows(told: control_pb2.ExplainRequestResponse) -> Iterator[Sequence[object]]:
+    """Of the last time it is not known that what was given up was computed again, unless the request went on."""
+    went_on = told.state == control_pb2.REQUEST_STATE_RUNNING or told.finish_reason in _BY_ITSELF
+    for number, preemption in enumerate(told.preemptions, 1):
+        again = ", computed again" if went_on or number < len(told.preemptions) else ""
+        how = "swapped to host memory" if preemption.swapped else f"given up{again}"
+        ago = f"{_time(told.now_ns - preemption.at_ns)} ago"
+        yield ago, preemption.by_request_id or "the worker was lost", preemption.lost_tokens, how
 
 
 # ---------------------------------------------------------------------------------------------------------------- blocks

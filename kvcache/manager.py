@@ -67,6 +67,13 @@ class KVCacheManager:
         """Gives back the slot's blocks; they are available when `last_step`, the last plan that names them, has returned."""
         self.pool.release(self.tables.clear(slot), last_step, returned_step)
 
+    def num_freed_by(self, slots: Slots) -> int:
+        """Blocks that nobody holds once these slots are released: shared ones only if all who hold them are."""
+        if not len(slots):
+            return 0
+        blocks, counts = np.unique(np.concatenate([self.tables.row(slot) for slot in slots.tolist()]), return_counts=True)
+        return int(np.count_nonzero(self.pool.ref_counts[blocks] == counts))
+
     def check_invariants(self) -> None:
         """Raises AssertionError unless blocks are conserved and every reference count equals the tables that hold it."""
         self.pool.check_invariants()

@@ -78,9 +78,13 @@ def tokens_to_place(core: Core, sequence: Sequence) -> int:
 
 
 def spare_blocks(core: Core) -> int:
-    """Blocks that stay available at an admission, for the growth of those running."""
-    growing = len(core.rows.in_order()) and not core.policy.reserves_outputs
-    return max(1, core.kv.pool.num_blocks // _WATERMARK) if growing else 0
+    """Blocks that stay available at an admission, for the growth of those running: in this step and the next, so that nobody is
+    admitted who would be preempted at once, and then some."""
+    slots = core.rows.in_order()
+    if not len(slots) or core.policy.reserves_outputs:
+        return 0
+    growing = int(np.count_nonzero(core.kv.full(slots, core.rows.num_computed[slots] + 1)))
+    return max(1 + growing, core.kv.pool.num_blocks // _WATERMARK)
 
 
 def passes_quota(core: Core, tenant: int, num_blocks: int) -> bool:

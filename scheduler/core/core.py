@@ -493,17 +493,22 @@ class Core:
         if sequence is None or sequence.slot >= 0:
             return
         lower = preemption.candidates(rows, below=sequence.priority)
+        if self.queue.is_aged_turn:  # who has waited longer would be the head in its place
+            younger = [slot for slot in lower.tolist() if rows.sequence(slot).sequence_id > sequence.sequence_id]
+            lower = np.array(younger, np.intp)
         if not len(lower):
             return
         self.publish_full()
         place = admission.place_of(self, sequence)
         if place is None:
             return
-        need = self.kv.cost(place.num_tokens, place.shared, place.copies_last) + admission.spare_blocks(self)
-        coming = pool.num_available + pool.num_retiring
-        if coming + int(self.kv.tables.num_blocks[lower].sum()) < need:
+        cost, ending = self.kv.cost(place.num_tokens, place.shared, place.copies_last), preemption.ending(rows)
+        coming = pool.num_available + pool.num_retiring + self.kv.num_freed_by(np.append(ending, lower))
+        if coming < cost + admission.spare_blocks(self):
             return
-        while rows.num_free + len(self._retiring) == 0 or pool.num_available + pool.num_retiring < need:
+        while rows.num_free + len(self._retiring) + len(ending) == 0 or (
+            pool.num_available + pool.num_retiring + self.kv.num_freed_by(ending) < cost + admission.spare_blocks(self)
+        ):
             if not len(lower):
                 return
             victim = preemption.victim(rows, lower)

@@ -10,15 +10,22 @@ from scheduler.core.rows import RUNNING, Rows
 
 def candidates(rows: Rows, *, tenant: int = -1, below: int | None = None) -> Slots:
     """Rows that may be preempted, by admission; of one tenant only, or (below: a class, 0 for none) to let somebody in: then
-    those of a class below, but not who was admitted by age, and any whose reader has stopped reading."""
+    those of a class below, but not who was admitted by age or is about to end, and any whose reader has stopped reading."""
     order = rows.in_order()
     may = (rows.state[order] == RUNNING) & ~rows.is_protected[order]
     if tenant >= 0:
         may &= rows.tenant[order] == tenant
     if below is not None:
-        may &= (rows.priority[order] < below) & ~rows.is_aged[order]
+        may &= (rows.priority[order] < below) & ~rows.is_aged[order] & (rows.num_tokens[order] < rows.max_tokens[order])
         may |= (rows.state[order] == RUNNING) & ~is_reading(rows, order)
     slots: Slots = order[may]
+    return slots
+
+
+def ending(rows: Rows) -> Slots:
+    """Rows whose last token is being sampled."""
+    order = rows.in_order()
+    slots: Slots = order[(rows.state[order] == RUNNING) & (rows.num_tokens[order] >= rows.max_tokens[order])]
     return slots
 
 

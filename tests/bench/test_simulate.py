@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+import math
 import os
 import signal
 import subprocess
@@ -12,8 +14,15 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result
+from rich.console import Console
 
+from bench import tables
+from bench.cost_models import Roofline
+from bench.figures import Slo
+from bench.roofline import MACHINES, SHAPES
+from bench.scenario import Limits, Outcome, Scenario, core_config, roofline_facts, run, setup_of
 from bench.simulate import simulate_command
+from bench.workloads import by_name
 from scheduler.recording import Recording
 
 SMALL = ("--requests", "60", "--batch-rows", "16", "--step-tokens", "512")
@@ -48,7 +57,7 @@ def test_policies_stand_side_by_side_and_go_to_the_file(tmp_path: Path) -> None:
 
 
 def test_the_same_seed_prints_the_same_and_another_one_does_not() -> None:
-    first, second, other = (simulate("--rate", "8", *SMALL, "--seed", seed).output for seed in ("1", "1", "2"))
+    first, second, other = (simulate("--rate", "8", *SMALL, "--seed", seed).stdout for seed in ("1", "1", "2"))
     assert first == second != other
 
 
@@ -101,7 +110,86 @@ def test_refused_requests_are_shown_with_the_reason(tmp_path: Path) -> None:
     trace.write_text('{"arrival_s": 0, "prompt_tokens": 9000, "output_tokens": 5}\n')
     done = simulate("--workload", str(trace))
     assert done.exit_code == 0 and row(done.output, "refused")[0] == "1"
-    assert "1 refused with INVALID_ARGUMENT" in done.output
+    assert "1 requests refused, longer than 8,192 tokens with their output" in done.output
+    assert "--model llama-3.1-8b takes 131,072" in done.output
+    assert "raise --max-model-len" in simulate("--workload", str(trace), "--max-model-len", "4000").output
+    assert "raise --kv-tokens" in simulate("--workload", str(trace), "--kv-tokens", "4000").output
+    assert "refused" not in simulate("--workload", str(trace), "--model", "llama-3.1-8b").output
+
+
+FOUR = "azure-conv-like,azure-code-like,mooncake-like,anyscale-512"
+
+
+@pytest.fixture(scope="module")
+def outcomes() -> list[Outcome]:
+    """What the main exhibit shows, with few requests."""
+    shape, machine = SHAPES["llama-3.1-8b"], MACHINES["h200"]
+    facts = roofline_facts(shape, machine, Limits(kv_tokens=20_000, max_model_len=15_000))
+    found = []
+    for name in FOUR.split(","):
+        for policy in ("continuous", "prefill_first", "static"):
+            setup = setup_of(facts, Roofline(shape, machine), core_config(facts, policy=policy))
+            found.append(
+                run(
+                    Scenario(
+                        found[-1].scenario.workload if policy != "continuous" else by_name(name), math.inf, 40, 0, setup, Slo()
+                    )
+                )
+            )
+    return found
+
+
+@pytest.mark.parametrize(("width", "columns"), [(500, 15), (120, 15), (100, 11), (80, 9)])
+def test_the_table_of_many_cuts_no_number(outcomes: list[Outcome], width: int, columns: int) -> None:
+    console = Console(width=width, highlight=False, file=io.StringIO())
+    table = tables.overview(outcomes, width)
+    assert table is not None and len(table.columns) >= columns
+    with console.capture() as captured:
+        console.print(table)
+    text = captured.get()
+    assert "…" not in text and max(len(line.rstrip()) for line in text.splitlines()) <= min(width, 120)
+    assert len([line for line in text.splitlines() if line.strip() and "─" not in line]) == 2 + len(outcomes)
+    assert tables.overview(outcomes, 50) is None
+
+
+def test_what_is_piped_is_not_cut() -> None:
+    done = simulate("--workload", FOUR, "--policy", "continuous,static", "--rate", "inf", *SMALL)
+    assert done.exit_code == 0 and "…" not in done.stdout
+    assert {"TTFT", "waste", "limit", "E2E"} <= set(done.stdout.split())
+    assert "KV cache of 838,816 tokens in blocks of 16; SLO 1000 ms to the first token, 100 ms between tokens\n" in done.stdout
+
+
+def test_how_fast_it_was_leaves_out_what_finds_the_rate(tmp_path: Path) -> None:
+    out = tmp_path / "sim.jsonl"
+    at_rate, at_load = (simulate(*rate, *SMALL, "--json", out) for rate in (("--rate", "8"), ("--load", "0.5")))
+    assert "60 requests simulated in " in at_rate.stderr and " a minute" in at_rate.stderr and "more" not in at_rate.stderr
+    assert "60 requests simulated in " in at_load.stderr and "s more to find what can be served" in at_load.stderr
+    assert [line["calibration_s"] > 0 for line in lines(out)] == [False, True]
+    assert simulate("--rate", "8", *SMALL, "--quiet").stderr == ""
+
+
+@pytest.mark.parametrize(
+    ("slo", "words"),
+    [
+        (["--slo-ttft-ms", "1"], "100% have no first token within 1 ms"),
+        (["--slo-ttft-ms", "1"], "raise --slo-ttft-ms"),
+        (["--slo-itl-ms", "0.1"], "take more than 0.1 ms a token"),
+        (["--slo-itl-ms", "0.1"], "raise --slo-itl-ms"),
+        (["--slo-ttft-ms", "1", "--criterion", "ttft"], "not 1: raise --slo-ttft-ms"),
+        (["--workload", "mooncake-like"], "longer than 8,192 tokens with their output: llama-3-8b takes no more"),
+    ],
+)
+def test_a_sweep_that_finds_no_rate_says_why(slo: list[str], words: str) -> None:
+    done = simulate("--sweep", *SMALL, *slo)
+    assert done.exit_code == 0 and "no rate keeps the SLO; at 0." in done.output and words in done.output, done.output
+
+
+@pytest.mark.parametrize("more", [[], ["--sweep"], ["--policy", "static"]])
+def test_a_cache_that_no_request_fits_is_told(more: list[str]) -> None:
+    done = simulate("--kv-tokens", "100", "--requests", "50", *more)
+    assert done.exit_code == 2 and "no request of azure-conv-like fits 96 tokens" in done.output, done.output
+    assert "raise --kv-tokens" in done.output
+    assert "--kv-tokens 10 is less than one block of 16 tokens" in simulate("--kv-tokens", "10").output
 
 
 def test_a_sweep_compares_capacities(tmp_path: Path) -> None:
@@ -157,8 +245,10 @@ def test_what_it_records_can_be_simulated_under_another_policy(tmp_path: Path) -
 )
 def test_wrong_usage_is_told_in_words(arguments: list[str], words: str) -> None:
     done = simulate(*arguments)
-    assert done.exit_code in (1, 2) and words in done.output, done.output
-    assert "Traceback" not in done.output
+    of_files = any(part in words for part in ("No such file", "/proc/none"))
+    assert done.exit_code == (1 if of_files else 2) and words in done.output, done.output
+    assert done.stderr.startswith("carousel: ") and done.stderr.count("\n") == 1
+    assert of_files or done.stderr.endswith("--help`\n")
 
 
 def test_one_limit_alone_holds() -> None:

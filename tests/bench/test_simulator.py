@@ -17,9 +17,10 @@ from bench.simulator import Setup, Simulation
 from bench.targets import possible_hits
 from bench.virtual_worker import VirtualWorker
 from scheduler.core import CoreConfig
+from scheduler.core.request import State
 from tests.helpers.fake_worker import worker_facts
 from tests.helpers.local_loop import LocalLoop
-from wire import StepFailed, StepPlan, StepResult, WorkerFacts, encode
+from wire import AddHeader, AddRequest, SamplingSpec, StepFailed, StepPlan, StepResult, WorkerFacts, encode
 
 MS = 1_000_000
 POLICIES = ("continuous", "prefill_first", "static")
@@ -327,6 +328,26 @@ def test_a_conversation_stays_where_its_prefix_is() -> None:
     done = simulation(jobs, shares=True, facts=ROOMY, workers=2).run()
     systems = sum(first.prompt[0].length for first in jobs)  # each group has to compute each system prompt once
     assert int(done.requests.cached_tokens.sum()) >= 0.9 * (possible_hits(jobs, 16) - systems)
+
+
+def test_preempted_requests_count_in_a_groups_load() -> None:
+    """They have to be computed again before a new one is."""
+    facts = worker_facts(num_blocks=20, block_size=4, max_model_len=80, max_batch_rows=8, max_step_tokens=32)
+    made = simulation([job(0.001 * i, prompt=20, output=40) for i in range(4)], facts=facts)
+    loads: list[int] = []
+
+    def tell(now: int) -> StepPlan | None:
+        core = made._groups[0].core
+        waiting = [each for request in core.live_requests() for each in request.sequences if each.state is State.PREEMPTED]
+        load = made._load(core, AddRequest(header, np.ones(5, np.int32)))
+        loads.append(len(waiting))
+        assert load.waiting_tokens >= core.queue.num_tokens + sum(each.num_tokens for each in waiting)
+        return plan(now)
+
+    header = AddHeader(99, "x", 0, 2, 4, SamplingSpec(0.0, 0, 1.0, 0.0, 0))
+    plan = made._groups[0].core.plan
+    made._groups[0].core.plan = tell  # type: ignore[method-assign]
+    assert made.run().counters["preemptions"] and max(loads) >= 1
 
 
 # ------------------------------------------------------------------------------------------------------------ policies

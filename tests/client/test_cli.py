@@ -261,6 +261,14 @@ REFUSALS = [
         refuse(grpc.StatusCode.INTERNAL, "two\nlines, error 17"),
         "two lines, error 17; the server's log says more (INTERNAL)",
     ),
+    (
+        refuse(
+            grpc.StatusCode.PERMISSION_DENIED,
+            "tenant 'x' has no quota",
+            bad_request("scheduling.tenant", "tenant 'x' has no quota"),
+        ),
+        "scheduling.tenant: tenant 'x' has no quota (PERMISSION_DENIED)",
+    ),
     (refuse(grpc.StatusCode.CANCELLED, "cancelled elsewhere"), "cancelled elsewhere (CANCELLED)"),
 ]
 
@@ -300,7 +308,10 @@ WRONG_USAGE = [
     ("generate", "--token-ids", "1,x"),
     ("generate", "--token-ids", "4294967296"),
     ("generate", "--prompt", "a", "--max-tokens", "-1"),
+    ("generate", "--prompt", "a", "--max-tokens", "0"),
     ("generate", "--prompt", "a", "--max-tokens", "4294967296"),
+    ("generate", "--prompt", "a", "--num-outputs", "0"),
+    ("generate", "--prompt", "a", "--num-outputs", "65"),
     ("generate", "--prompt", "\udcff"),
     ("generate", "--prompt", "a", "--priority", "first"),
     ("generate", "--prompt", "a", "--on-timeout", "never"),
@@ -315,6 +326,7 @@ WRONG_USAGE = [
     ("generate", "--prompt", "a", "--no-such-option"),
     ("serve",),
     ("serve", "--model", "m", "--device", "tpu"),
+    ("serve", "--model", "m", "--record", "r", "--record-limit-mib", "0.00001"),
     ("no-such-command",),
 ]
 
@@ -368,6 +380,12 @@ def test_serve_has_the_schedulers_options_and_their_limits():
         return {option.opts[0]: (option.required, option.type.to_info_dict()) for option in named}
 
     assert options(client.cli.serve) == options(serve_command)
+
+
+def test_the_most_outputs_are_the_servers():
+    from scheduler.frontend.validation import MAX_OUTPUTS
+
+    assert client.cli._MOST_OUTPUTS == MAX_OUTPUTS
 
 
 def test_nothing_but_the_client_is_imported():

@@ -147,6 +147,42 @@ def test_an_explanation_of_what_has_ended_says_how(server, say):
     assert ["state", "ended", "(length)"] in words and ["started", "3.00", "s", "ago"] in words
 
 
+def test_an_explanation_of_what_has_ended_says_when_and_not_what_hinders_it(server, say):
+    server.explanations["why"] = told = explanation(
+        state=control_pb2.REQUEST_STATE_ENDED, finish_reason=generation_pb2.FINISH_REASON_LENGTH
+    )
+    told.hindrance = control_pb2.HINDRANCE_NONE
+    told.timing.time_to_first_token_ns = 15 * SECOND
+    text = "\n".join(" ".join(line.split()) for line in say("explain", "why"))
+    assert "hindered" not in text
+    assert "ended 4.99 s ago, 15.0 s after it arrived" in text, "decoded 3 ms, and waited 4 ms after the preemption at 19 s"
+
+
+def test_a_running_request_is_hindered_by_nothing_and_does_not_say_so(server, say):
+    server.explanations["why"] = told = explanation(state=control_pb2.REQUEST_STATE_RUNNING)
+    told.hindrance = control_pb2.HINDRANCE_NONE
+    assert "hindered" not in "\n".join(say("explain", "why"))
+
+
+@pytest.mark.parametrize(
+    ("state", "reason", "words"),
+    [
+        ("ENDED", "DEADLINE", "given up"),
+        ("ENDED", "CANCELLED", "given up"),
+        ("PREEMPTED", None, "given up"),
+        ("ENDED", "LENGTH", "given up, computed again"),
+        ("RUNNING", None, "given up, computed again"),
+    ],
+)
+def test_what_was_given_up_is_computed_again_only_if_the_request_went_on(server, say, state, reason, words):
+    server.explanations["why"] = told = explanation(
+        state=control_pb2.RequestState.Value(f"REQUEST_STATE_{state}"),
+        finish_reason=generation_pb2.FinishReason.Value(f"FINISH_REASON_{reason}") if reason else None,
+    )
+    told.preemptions[0].swapped = False
+    assert say("explain", "why")[-1].endswith(words)
+
+
 def test_json_of_an_explanation_is_the_message(server, say):
     server.explanations["why"] = explanation()
     [line] = say("explain", "why", "--json")

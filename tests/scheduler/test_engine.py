@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from scheduler.core import CoreConfig
+from scheduler.core.config import TenantLimits
 from scheduler.recording import Recording, RecordingError, Verb
 from scheduler.replay import Replay, Report
 from tests.helpers.engine import Dealer, EngineProcess, HandWorker, request
@@ -103,6 +104,18 @@ def test_not_ready_until_a_worker_has_joined(engine: EngineProcess, frontend: De
     HandWorker(engine, SimExecutor(FACTS))
     facts = frontend.receive()
     assert isinstance(facts, Facts) and facts.ready and facts.workers[0][2] == FACTS
+
+
+def test_quotas_that_bound_nothing_are_said_once_when_the_cache_is_known() -> None:
+    tenants = (TenantLimits("a", max_blocks=5), TenantLimits("b", max_blocks=99_999_999), TenantLimits("*"))
+    engine = EngineProcess(CoreConfig(tenants=tenants))
+    try:
+        for _ in range(3):
+            HandWorker(engine, SimExecutor(FACTS)).close()
+        assert engine.log().count("has no effect") == 1
+        assert "--tenant b:blocks=99999999 has no effect: the KV cache has 64 blocks" in engine.log()
+    finally:
+        engine.close()
 
 
 def test_tokens_come_back_to_the_front_end_that_asked(engine: EngineProcess, frontend: Dealer) -> None:

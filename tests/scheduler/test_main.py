@@ -109,6 +109,23 @@ def test_the_process_says_it_in_one_line_and_exits_with_2() -> None:
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and "listed twice" in done.stderr
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        "--model x --bogus",
+        "--model x --num-blocks 0",
+        "",
+        "--model x --record r --record-limit-mib 0.5",
+        "replay",
+        "replay f --seeds",
+    ],
+)
+def test_wrong_usage_behind_the_dashes_is_one_line_too(arguments: str) -> None:
+    done = subprocess.run([sys.executable, "-m", "scheduler", *arguments.split()], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
+    assert done.stderr.startswith("carousel: ") and done.stderr.endswith("--help`\n")
+
+
 def test_a_recording_is_never_overwritten(tmp_path: Path) -> None:
     path = tmp_path / "a.rec"
     reserve_recording("")

@@ -120,6 +120,20 @@ def test_the_command_says_what_it_did(recording: Path) -> None:
     assert done.returncode == 0 and done.stderr == ""
     assert f"{report.steps:,} steps" in done.stdout and f"{report.requests:,} requests" in done.stdout
     assert "every plan is the same, byte for byte" in done.stdout and "the same with PYTHONHASHSEED 1" in done.stdout
+    inputs = [event for event in Recording(recording).events() if event.verb is not Verb.PLAN]
+    assert f"{len(inputs):,} inputs, {report.steps:,} plans" in done.stdout and "ends before" not in done.stdout
+
+
+def test_a_recording_that_reached_its_limit_is_replayed_and_says_so(tmp_path: Path) -> None:
+    path = tmp_path / "a.rec"
+    file = RecordingFile(path, CONFIG, max_bytes=30_000)
+    Churn(Recorded(Core(CONFIG), file), 3).run(400)
+    file.close()
+    done = command(path)
+    assert done.returncode == 0 and "it ends before the service did: the limit of its size was reached" in done.stdout
+    file = RecordingFile(path, CONFIG)
+    file.close()
+    assert "0 inputs, 0 plans: there is no plan to compare" in command(path).stdout
 
 
 def test_the_ring_of_a_young_process_replays_too(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from tests.helpers.checkpoints import make_checkpoint
 from tests.helpers.plans import PlanMaker
 from wire import StepResult, Welcome, WorkerHello, decode, encode
 from worker.config import ConfigError, SimConfig, WorkerConfig
-from worker.main import SUPERVISOR_PID, parse
+from worker.main import SUPERVISOR_PID, make_executor, parse
 
 ROOT = Path(__file__).parents[2]
 
@@ -162,6 +162,29 @@ def test_a_simulated_worker_takes_its_facts_from_the_options(core: Core) -> None
     assert hello.group == 3 and facts.device == "sim" and facts.pid == core.processes[0].pid
     assert (facts.max_batch_rows, facts.max_model_len, facts.num_blocks, facts.vocab_size) == (7, 99, 50, 32_000)
     assert (facts.num_host_blocks, facts.swap_block_ns) == (30, 4000)
+
+
+def test_a_simulated_worker_swaps_to_as_much_as_it_is_told(core: Core, checkpoint: Path) -> None:
+    facts = core.start("--device", "sim", "--model", str(checkpoint), "--swap-gib", "0.5").facts
+    assert facts.num_host_blocks == (1 << 29) // (16 * facts.kv_bytes_per_token)
+    assert "512 MiB of host memory to swap to" in facts.description
+    with pytest.raises(ConfigError, match="--swap-gib and --sim-host-blocks"):
+        WorkerConfig("ipc://x", device="sim", swap_gib=1.0, sim=SimConfig(host_blocks=5))
+
+
+def test_a_simulated_worker_is_no_longer_than_its_model(checkpoint: Path, tmp_path: Path) -> None:
+    usage = ("--connect", "ipc://x", "--device", "sim", "--max-model-len", "100000000")
+    assert_one_line(run(*usage, "--model", str(checkpoint)), "--max-model-len 100,000,000", "512 tokens")
+    config = json.loads((checkpoint / "config.json").read_text())
+    yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 512}
+    (tmp_path / "config.json").write_text(json.dumps(config | {"rope_parameters": yarn}))
+    config = WorkerConfig("ipc://x", str(tmp_path), device="sim", max_model_len=2048)
+    assert make_executor(config).facts.max_model_len == 2048
+
+
+def test_too_little_memory_for_the_length_names_the_option() -> None:
+    length = str(1 << 40)
+    assert_one_line(run("--connect", "ipc://x", "--device", "sim", "--max-model-len", length), "lower --max-model-len")
 
 
 def test_a_simulated_worker_takes_its_shape_from_a_model_directory(core: Core, checkpoint: Path) -> None:

@@ -320,15 +320,15 @@ def test_credit_that_comes_while_it_runs_spares_it() -> None:
 
 
 def test_of_two_stopped_readers_the_lower_class_goes_first() -> None:
-    core = driver(unread=1, num_blocks=4)
+    core = driver(unread=1, num_blocks=5)
     high = core.accepted([1, 2], 9, request_id="high", priority=INTERACTIVE)
     low = core.accepted([3, 4, 5], 9, request_id="low", priority=NORMAL)
     steps(core, 1)
     reads = core.accepted([6, 7, 8, 9], 9, request_id="reads", priority=BATCH)
     assert turn(core, reads) == {"reads": 4}
-    for _ in range(4):
+    for _ in range(8):
         assert turn(core, reads) == {"reads": 1}
-    assert state(core, high) is State.RUNNING and state(core, low) is State.RUNNING, "3 + 1 blocks: the pool is full"
+    assert state(core, high) is State.RUNNING and state(core, low) is State.RUNNING, "1 + 1 + 3 blocks: the pool is full"
     assert turn(core, reads) == {"reads": 1}
     assert (state(core, high), state(core, low)) == (State.RUNNING, State.PARKED)
     core.finish()
