@@ -71,7 +71,8 @@ class WorkerConfig:
         check(self.group >= 0, f"--group {self.group}: 0 at least")
         check(0 <= self.sim.end_chance <= 1, f"--sim-end-chance {self.sim.end_chance}: 0 to 1")
         check(self.sim.host_blocks >= 0, f"--sim-host-blocks {self.sim.host_blocks}: 0 at least")
-        check(not self.sim.host_blocks or not swap_gib, "--swap-gib and --sim-host-blocks both say where to swap to: give one")
+        both = self.device == "sim" and self.sim.host_blocks > 0 and bool(swap_gib)
+        check(not both, "--swap-gib and --sim-host-blocks both say where to swap to: give one")
         check(self.sim.vocab_size >= 2, f"--sim-vocab-size {self.sim.vocab_size}: 2 at least")
 
     @property

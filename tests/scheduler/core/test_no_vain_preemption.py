@@ -72,7 +72,7 @@ def test_at_the_turn_of_who_waits_longest_it_is_he_who_takes_the_row() -> None:
 
 def test_who_is_about_to_end_is_not_preempted_to_make_room() -> None:
     core = driver(20, rows=1)
-    ending = core.accepted([1], 2, request_id="ending", priority=BATCH)
+    core.accepted([1], 2, request_id="ending", priority=BATCH)
     core.next_rows(), core.next_rows()
     core.answer()
     core.accepted([2], 2, request_id="urgent", priority=INTERACTIVE)
