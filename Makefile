@@ -12,7 +12,7 @@ DEVICE ?= auto
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo serve test test-all lint protos env clean
+.PHONY: help demo serve test test-all lint bench-core bench-scheduler protos env clean
 
 help:
 	@echo "make demo              24 concurrent requests on the bundled model: watch the batch turn, compare with static"
@@ -21,6 +21,8 @@ help:
 	@echo "make test              lint and the test suite; no GPU, no network but the package index"
 	@echo "make test-all          the long property runs and the whole matrix too"
 	@echo "make lint              ruff, mypy, import rules, stubs up to date"
+	@echo "make bench-core        what the scheduler costs: targets S1, S2, S3, without a model (ARGS=--quick: a minute)"
+	@echo "make bench-scheduler   what it decides, simulated: four workloads by three policies, and targets G11, G14, G15"
 	@echo "make protos            generate the Python stubs from protos/carousel/v1/*.proto"
 	@echo "make env               only make .venv (PYTHON=python3.12 chooses the interpreter)"
 	@echo "make clean             remove caches and build files; rm -rf .venv removes the environment"
@@ -51,6 +53,16 @@ lint: $(READY)
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/python protos/generate.py --check
+
+# Leave the machine alone while these run: they say what load they saw.
+bench-core: $(READY)
+	$(BIN)/python -c 'import matplotlib' 2>/dev/null || PIP_USER=0 $(BIN)/python -m pip install -c constraints.txt -e '.[bench]'
+	$(BIN)/python -m bench.core --json bench/results/core.jsonl --plot docs/img/core_cost.png $(ARGS)
+
+bench-scheduler: $(READY)
+	$(BIN)/carousel simulate --workload azure-conv-like,azure-code-like,mooncake-like,anyscale-512 \
+	  --policy continuous,prefill_first,static --model llama-3.1-8b --json bench/results/simulate.jsonl $(ARGS)
+	$(BIN)/python -m bench.targets --json bench/results/targets.jsonl
 
 protos: $(READY)
 	$(BIN)/python protos/generate.py

@@ -25,8 +25,7 @@ class Gaps:
         self._last = np.full(1 << 12, NEVER, np.int64)
         self._pending: list[Int64] = []
         self._num_pending = 0
-        self._values = np.empty(0, np.int64)
-        self._counts = np.empty(0, np.int64)
+        self._counted: list[tuple[Int64, Int64]] = []  # values and how often, of each so many gaps
 
     def heard(self, handles: U32, now: int) -> None:
         """One token each."""
@@ -44,17 +43,20 @@ class Gaps:
     def counted(self) -> tuple[Int64, Int64]:
         """Nanoseconds in order, and how often."""
         self._compact()
-        return self._values, self._counts
+        if not self._counted:
+            return np.empty(0, np.int64), np.empty(0, np.int64)
+        values, where = np.unique(np.concatenate([values for values, _ in self._counted]), return_inverse=True)
+        weights = np.concatenate([counts for _, counts in self._counted])
+        counts = np.bincount(where, weights, len(values)).astype(np.int64)
+        self._counted = [(values, counts)]
+        return values, counts
 
     def _compact(self) -> None:
         if not self._pending:
             return
         gaps = np.concatenate(self._pending)
-        values, counts = np.unique(gaps[gaps < -NEVER // 2], return_counts=True)  # without those before a first token
+        self._counted.append(np.unique(gaps[gaps < -NEVER // 2], return_counts=True))  # without those before a first token
         self._pending, self._num_pending = [], 0
-        self._values, where = np.unique(np.concatenate([self._values, values]), return_inverse=True)
-        weights = np.concatenate([self._counts, counts])
-        self._counts = np.bincount(where, weights, len(self._values)).astype(np.int64)
 
     def _grow(self, handle: int) -> Gaps:
         wider = np.full(max(handle + 1, 2 * len(self._last)), NEVER, np.int64)
