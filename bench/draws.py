@@ -87,6 +87,7 @@ def gamma_gaps(variation: float) -> Callable[[Generator, int], Floats]:
 def arrivals_ns(gaps: Callable[[Generator, int], Floats], rate: float, random: Generator) -> Iterator[int]:
     """Arrival times at `rate` a second, the first one gap after 0; an infinite rate: all at 0. The same draws at every rate: a
     workload at another rate is the same one at another speed."""
+    assert rate > 0
     now = 0.0
     while True:
         times = now + np.cumsum(gaps(random, CHUNK))

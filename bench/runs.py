@@ -31,7 +31,7 @@ class Gaps:
         """One token each."""
         index = handles.astype(np.intp)
         try:
-            gaps = now - self._last[index]
+            gaps = now - self._last.take(index)
         except IndexError:
             return self._grow(int(handles.max())).heard(handles, now)
         self._last[index] = now
@@ -121,7 +121,7 @@ class RunLog:
         self.gaps = Gaps()
         self.refused: dict[str, int] = {}
         self._added: list[tuple[int, int, int, int]] = []  # arrival, prompt tokens, priority, deadline
-        self._ended: dict[int, tuple[int, OutputEnded | None]] = {}
+        self._ended: dict[int, tuple[str, tuple[int, ...]]] = {}  # reason, and the numbers of Columns from output_tokens on
         self._steps = array("q")  # the numbers of one step after those of the one before
 
     @property
@@ -134,11 +134,14 @@ class RunLog:
         return len(self._added) - 1
 
     def was_refused(self, handle: int, code: str, now: int) -> None:
-        self._ended[handle] = (now, None)
+        self._ended[handle] = ("refused", (-1, -1, now, -1, -1, -1, -1))
         self.refused[code] = self.refused.get(code, 0) + 1
 
     def ended(self, ended: OutputEnded, now: int) -> None:
-        self._ended[ended.handle] = (now, ended)
+        stats = ended.stats
+        first_ns = stats.first_token_ns if stats.output_tokens else -1
+        times = (stats.output_tokens, first_ns, now, stats.cached_tokens, stats.recomputed_tokens)
+        self._ended[ended.handle] = ended.reason.value, (*times, stats.preemptions, stats.queued_ns)
 
     def step(self, *numbers: int) -> None:
         """In the order of Steps."""
@@ -148,16 +151,8 @@ class RunLog:
         added = np.array(self._added, np.int64).reshape(-1, 4)
         ends = np.full((len(added), 7), -1, np.int64)
         reasons = [""] * len(added)
-        for handle, (now, ended) in self._ended.items():
-            if ended is None:
-                reasons[handle] = "refused"
-                ends[handle, 2] = now
-                continue
-            stats = ended.stats
-            reasons[handle] = ended.reason.value
-            first_ns = stats.first_token_ns if stats.output_tokens else -1
-            times = (stats.output_tokens, first_ns, now, stats.cached_tokens, stats.recomputed_tokens)
-            ends[handle] = (*times, stats.preemptions, stats.queued_ns)
+        for handle, (reason, numbers) in self._ended.items():
+            reasons[handle], ends[handle] = reason, numbers
         return Columns(
             arrival_ns=added[:, 0],
             prompt_tokens=added[:, 1],

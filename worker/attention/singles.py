@@ -1,8 +1,8 @@
-"""Attention of single queries, each with a context of its own: three ways to compute it on a CPU, the best first. Compiled
-and sparse read the blocks where they lie; gathered, the slowest, can do whatever torch can.
+"""Attention of single queries, each with a context of its own: two ways to compute it on a CPU, the better one first. Sparse
+reads the blocks where they lie; gathered copies them first, and can do whatever torch can.
 
-Legend: N queries, R rows, W blocks of the widest table, P pieces, S sums, H query heads, K key-value heads, G = H / K, D head
-size, L tokens of the longest context of a group.
+Legend: N queries, R rows, W blocks of the widest table, H query heads, K key-value heads, D head size, L tokens of the longest
+context of a group.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -18,7 +18,6 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from worker import compiled
 from worker.attention.base import AttentionInputs
 from worker.attention.torch_paged import TorchPagedAttention
 
@@ -42,82 +41,10 @@ class Singles(Protocol):
 
     @classmethod
     def of(cls, queries: Queries, num_heads: int, kv_layer: Tensor) -> Singles | None:
-        """None: it can't, for this dtype or these sizes, or what it needs is not installed."""
+        """None: it can't, for this dtype or device."""
 
     def attend(self, q_THD: Tensor, kv_layer: Tensor, scale: float) -> Tensor:
         """[T, H, D], with the queries' results in their places and anything elsewhere; it is the caller's to write to."""
-
-
-# ---------------------------------------------------------------------------------------------------------------- compiled
-
-
-_ALONE = 1 << 18  # bytes of keys and values that are read sooner by one thread than by waking another
-
-
-class CompiledSingles:
-    """By worker.compiled.attention: each block is read once, for all heads that share it."""
-
-    def __init__(self, queries: Queries, shape: Any, kv_layer: Tensor) -> None:
-        from worker.compiled.attention import Field, kernels
-
-        self._pieces, self._sums = kernels(shape)
-        self._queries, self._shape = queries, shape
-        self._pieces_P, self._sums_S, num_rows = _cut(queries, shape.block_size, shape.piece)
-        self._weights = torch.empty(num_rows, shape.num_heads, 2)
-        self._num_rows = num_rows
-        per_token = 2 * shape.num_kv_heads * shape.head_dim * kv_layer.element_size()
-        self._threads = torch.get_num_threads() if int(queries.length.sum()) * per_token > _ALONE else 1
-        self._fields, self._arguments = Field, np.zeros(Field.COUNT, np.int64)
-        self._arguments[Field.TABLES] = queries.tables.ctypes.data
-        self._arguments[Field.TABLE_STRIDE] = queries.tables.strides[0] // queries.tables.itemsize
-        self._arguments[Field.PIECES] = self._pieces_P.ctypes.data
-        self._arguments[Field.SUMS] = self._sums_S.ctypes.data
-        self._arguments[Field.WEIGHTS] = self._weights.data_ptr()
-
-    @classmethod
-    def of(cls, queries: Queries, num_heads: int, kv_layer: Tensor) -> CompiledSingles | None:
-        if not compiled.available() or kv_layer.device.type != "cpu":
-            return None
-        from worker.compiled.attention import Shape
-
-        _, _, num_kv_heads, block_size, head_dim = kv_layer.shape
-        kind = str(kv_layer.dtype).removeprefix("torch.")
-        shape = Shape(num_heads, num_kv_heads, head_dim, block_size, kind)
-        return cls(queries, shape, kv_layer) if shape.fits else None
-
-    def attend(self, q_THD: Tensor, kv_layer: Tensor, scale: float) -> Tensor:
-        _, num_heads, head_dim = q_THD.shape
-        assert kv_layer.is_contiguous() and num_heads == self._shape.num_heads
-        queries_THD = q_THD.float()
-        if queries_THD.stride()[1:] != (head_dim, 1):
-            queries_THD = queries_THD.contiguous()
-        out = torch.empty(self._num_rows, num_heads, head_dim)
-        arguments, field = self._arguments, self._fields
-        arguments[field.QUERIES], arguments[field.QUERY_STRIDE] = queries_THD.data_ptr(), queries_THD.stride(0)
-        arguments[field.KEYS], arguments[field.VALUES] = kv_layer[0].data_ptr(), kv_layer[1].data_ptr()
-        arguments[field.OUT] = out.data_ptr()
-        arguments[field.SCALE] = np.float32(scale).view(np.int32)
-        self._pieces.run(arguments.ctypes.data, len(self._pieces_P), self._threads)
-        if len(self._sums_S):
-            self._sums.run(arguments.ctypes.data, len(self._sums_S), self._threads)
-        return out[: self._queries.num_tokens].to(q_THD.dtype)
-
-
-def _cut(queries: Queries, block_size: int, piece: int) -> tuple[I64, I64, int]:
-    """The pieces [P, 6] and sums [S, 3] as worker.compiled.attention has them, the longest pieces first (they are taken in that
-    order), and the rows of the results: those of the step's tokens, then those of the pieces of longer contexts."""
-    count_N = -(-queries.length // piece)
-    query_P = np.repeat(np.arange(len(count_N)), count_N)
-    first_P = (np.arange(len(query_P)) - np.repeat(np.cumsum(count_N) - count_N, count_N)) * piece
-    length_P = np.minimum(queries.length[query_P] - first_P, piece)
-    several_P = count_N[query_P] > 1
-    out_P = np.where(several_P, queries.num_tokens + np.cumsum(several_P) - 1, queries.token[query_P])
-    pieces = np.stack((queries.token[query_P], queries.row[query_P], first_P // block_size, length_P, out_P), axis=1)
-    several = np.flatnonzero(count_N > 1)
-    first_S = queries.num_tokens + np.cumsum(count_N[several]) - count_N[several]
-    sums = np.stack((queries.token[several], first_S, count_N[several]), axis=1)
-    pieces = np.ascontiguousarray(pieces[np.argsort(-length_P, kind="stable")], np.int64)
-    return pieces, np.ascontiguousarray(sums, np.int64), queries.num_tokens + int(several_P.sum())
 
 
 # ------------------------------------------------------------------------------------------------------------------ sparse

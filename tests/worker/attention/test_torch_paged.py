@@ -2,77 +2,16 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
 
-from kvcache.storage import KVStorage
-from tests.helpers.paged_model import step_inputs
+from tests.helpers.attention_case import MIXED, Case, close
 from worker.attention.base import AttentionInputs
 from worker.attention.reference import ReferenceAttention, dense_attention
 from worker.attention.torch_paged import TorchPagedAttention
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"))]
-MIXED = [(1, 1), (1, 70), (5, 5), (1, 64), (17, 40), (1, 33), (3, 129), (1, 16), (16, 16), (1, 17), (40, 41), (1, 15)]
-
-
-class Case:
-    """Rows of (query length, context length) with random keys and values; NaN wherever no row has a token."""
-
-    def __init__(
-        self,
-        rows: list[tuple[int, int]],
-        *,
-        num_heads: int = 6,
-        num_kv_heads: int = 2,
-        head_dim: int = 32,
-        block_size: int = 16,
-        dtype: torch.dtype = torch.float32,
-        device: str = "cpu",
-        seed: int = 0,
-    ) -> None:
-        self.rows, self.block_size, self.scale = rows, block_size, head_dim**-0.5
-        needed = [-(-length // block_size) for _, length in rows]
-        num_blocks = sum(needed) + 5
-        blocks = (np.random.default_rng(seed).permutation(num_blocks) + 1).tolist()
-        self.tables = [[blocks.pop() for _ in range(count)] for count in needed]
-        generator = torch.Generator().manual_seed(seed)
-
-        def random(*shape: int) -> Tensor:
-            return torch.randn(*shape, generator=generator).to(device, dtype)
-
-        self.q_THD = random(sum(count for count, _ in rows), num_heads, head_dim)
-        self.k_LKD = [random(length, num_kv_heads, head_dim) for _, length in rows]
-        self.v_LKD = [random(length, num_kv_heads, head_dim) for _, length in rows]
-        self.kv_layer = KVStorage(1, num_blocks, num_kv_heads, block_size, head_dim, dtype, device).layers[0].fill_(torch.nan)
-        counts, lengths = [count for count, _ in rows], [length for _, length in rows]
-        self.inputs = step_inputs(counts, lengths, self.tables, block_size, device)
-        self._fill()
-
-    def _fill(self) -> None:
-        """All tokens' keys and values, written as one step that computes everything."""
-        lengths = [length for _, length in self.rows]
-        everything = step_inputs(lengths, lengths, self.tables, self.block_size, str(self.q_THD.device))
-        ReferenceAttention().write(torch.cat(self.k_LKD), torch.cat(self.v_LKD), self.kv_layer, everything)
-
-    def dense(self) -> Tensor:
-        queries = self.q_THD.split([count for count, _ in self.rows])
-        return torch.cat([dense_attention(*row, self.scale) for row in zip(queries, self.k_LKD, self.v_LKD, strict=True)])
-
-    def reference(self) -> Tensor:
-        return ReferenceAttention().attend(self.q_THD, self.kv_layer, self.inputs, self.scale)
-
-    def paged(self, backend: TorchPagedAttention | None = None) -> Tensor:
-        inputs = dataclasses.replace(self.inputs, plan=None)
-        return (backend or TorchPagedAttention()).attend(self.q_THD, self.kv_layer, inputs, self.scale)
-
-
-def close(got: Tensor, expected: Tensor, tolerance: float = 5e-6) -> None:
-    assert got.shape == expected.shape and got.dtype == expected.dtype
-    torch.testing.assert_close(got, expected, atol=tolerance, rtol=0)
 
 
 def test_the_reference_gives_what_attention_without_paging_gives() -> None:
@@ -91,20 +30,20 @@ def test_dense_attention_is_scaled_dot_product_attention_of_torch() -> None:
 @pytest.mark.parametrize("device", DEVICES)
 def test_chunks_and_single_tokens_mixed_in_one_step(device: str) -> None:
     case = Case(MIXED, device=device)
-    close(case.paged(), case.dense(), 5e-6 if device == "cpu" else 1e-4)
+    close(case.by(TorchPagedAttention()), case.dense(), 5e-6 if device == "cpu" else 1e-4)
 
 
 @pytest.mark.parametrize("head_dim", [32, 48, 64, 80, 96, 112, 128])
 @pytest.mark.parametrize(("num_heads", "num_kv_heads"), [(4, 4), (6, 2), (16, 1)])
 def test_head_sizes_and_groups(head_dim: int, num_heads: int, num_kv_heads: int) -> None:
     case = Case(MIXED, num_heads=num_heads, num_kv_heads=num_kv_heads, head_dim=head_dim)
-    close(case.paged(), case.dense())
+    close(case.by(TorchPagedAttention()), case.dense())
 
 
 @pytest.mark.parametrize("block_size", [1, 16, 24, 32, 64, 128])
 def test_block_sizes(block_size: int) -> None:
     case = Case(MIXED, block_size=block_size)
-    close(case.paged(), case.dense())
+    close(case.by(TorchPagedAttention()), case.dense())
 
 
 @pytest.mark.slow
@@ -125,7 +64,7 @@ def test_every_shape(num_kv_heads: int, group: int, head_dim: int, block_size: i
         block_size=block_size,
         seed=seed,
     )
-    close(case.paged(), case.dense())
+    close(case.by(TorchPagedAttention()), case.dense())
 
 
 @pytest.mark.parametrize("seed", range(10))
@@ -134,18 +73,18 @@ def test_random_rows(seed: int) -> None:
     lengths = rng.integers(1, 300, rng.integers(1, 40)).tolist()
     rows = [(1 if rng.random() < 0.7 else int(rng.integers(1, length + 1)), length) for length in lengths]
     case = Case(rows, block_size=int(rng.choice([16, 32])), num_heads=4, num_kv_heads=2, head_dim=16, seed=seed)
-    close(case.paged(), case.dense())
+    close(case.by(TorchPagedAttention()), case.dense())
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 2e-2), (torch.float16, 2e-3)])
 def test_half_precisions(dtype: torch.dtype, tolerance: float) -> None:
     case = Case(MIXED, dtype=dtype)
-    close(case.paged(), case.dense(), tolerance)
+    close(case.by(TorchPagedAttention()), case.dense(), tolerance)
 
 
 def test_the_size_of_the_groups_changes_nothing() -> None:
     case = Case([(1, length) for length in range(1, 90, 3)] + [(9, 80), (11, 85)])
-    small, large = case.paged(TorchPagedAttention(group_bytes=1)), case.paged(TorchPagedAttention(group_bytes=1 << 30))
+    small, large = case.by(TorchPagedAttention(group_bytes=1)), case.by(TorchPagedAttention(group_bytes=1 << 30))
     close(small, case.dense())
     close(large, case.dense())
 
@@ -153,7 +92,7 @@ def test_the_size_of_the_groups_changes_nothing() -> None:
 def test_one_backend_serves_steps_of_changing_size_and_dtype() -> None:
     backend = TorchPagedAttention()
     for case in (Case([(1, 5)]), Case(MIXED), Case([(2, 3)], dtype=torch.bfloat16), Case([(1, 40)] * 3)):
-        close(case.paged(backend), case.dense(), 1e-2 if case.q_THD.dtype == torch.bfloat16 else 5e-6)
+        close(case.by(backend), case.dense(), 1e-2 if case.q_THD.dtype == torch.bfloat16 else 5e-6)
 
 
 def test_an_empty_step_gives_nothing() -> None:
@@ -169,7 +108,7 @@ def test_a_row_with_nan_of_its_own_is_the_only_one_that_has_it(sick: int) -> Non
     first = case.tables[sick][0]
     case.kv_layer[:, first, :, 0] = torch.nan
     queries = slice(*case.inputs.query_start_cpu[sick : sick + 2])
-    got = case.paged()
+    got = case.by(TorchPagedAttention())
     assert got[queries].isnan().all()
     got[queries] = expected[queries]
     close(got, expected)

@@ -1,0 +1,56 @@
+"""The CPU backend, by each of its ways, gives what its slow twin gives."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests.helpers.attention_case import MIXED, Case, close
+from worker.attention.cpu import CpuAttention
+from worker.attention.singles import GatheredSingles, Singles, SparseSingles
+
+WAYS = [pytest.param(SparseSingles, id="sparse"), pytest.param(GatheredSingles, id="gathered")]
+
+
+def by(way: type[Singles]) -> CpuAttention:
+    return CpuAttention((way,))
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("block_size", [1, 16, 32])
+@pytest.mark.parametrize(("num_heads", "num_kv_heads"), [(1, 1), (6, 2), (9, 3), (8, 8)])
+def test_equals_the_reference(way: type[Singles], block_size: int, num_heads: int, num_kv_heads: int) -> None:
+    case = Case(MIXED, num_heads=num_heads, num_kv_heads=num_kv_heads, block_size=block_size)
+    close(case.by(by(way)), case.reference())
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("head_dim", [8, 16, 64, 80, 128])
+@pytest.mark.parametrize("seed", [1, 2])
+def test_any_head_size(way: type[Singles], head_dim: int, seed: int) -> None:
+    case = Case(MIXED, head_dim=head_dim, seed=seed)
+    close(case.by(by(way)), case.reference())
+
+
+@pytest.mark.parametrize("rows", [[(1, 1)], [(1, 500)], [(200, 200)], [(150, 400), (1, 3)], [(16, 16), (17, 17)]], ids=str)
+@pytest.mark.parametrize("way", WAYS)
+def test_any_rows(way: type[Singles], rows: list[tuple[int, int]]) -> None:
+    case = Case(rows)
+    close(case.by(by(way)), case.reference())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_other_dtypes_take_the_way_that_can(dtype: torch.dtype) -> None:
+    case = Case(MIXED, dtype=dtype)
+    assert SparseSingles.of(None, 6, case.kv_layer) is None  # type: ignore[arg-type]
+    close(case.by(CpuAttention()).float(), case.reference().float(), tolerance=2e-2)
+
+
+def test_no_row_depends_on_its_neighbours() -> None:
+    case = Case(MIXED)
+    together, backend = case.by(CpuAttention()), CpuAttention()
+    first = 0
+    for number, (count, _) in enumerate(MIXED):
+        alone = case.only(number).by(backend)
+        close(together[first : first + count], alone)
+        first += count
