@@ -79,6 +79,12 @@ class BlockPool:
             ahead = min(self.num_cached, self.num_blocks // _EVICTED_AHEAD, _MOST_AHEAD)
             self._evict(max(count - self.num_free, ahead))
         parts, missing, left = [], count, self.num_free
+        window = self._states[self._cursor : self._cursor + _LEAST_WINDOW]
+        found = (window == FREE).nonzero()[0][:count]
+        if len(found) == count > 0:  # as below, for the usual case
+            found += self._cursor
+            self._cursor = int(found[-1]) + 1 if found[-1] < self.num_blocks else 1
+            parts, missing = [found], 0
         while missing:
             window = self._states[self._cursor : self._cursor + max(_LEAST_WINDOW, missing * self.num_blocks // left)]
             found = (window == FREE).nonzero()[0]
@@ -89,7 +95,7 @@ class BlockPool:
             self._cursor = int(found[-1]) + 1 if not missing else self._cursor + len(window)
             if self._cursor > self.num_blocks:
                 self._cursor = 1
-        blocks = np.concatenate(parts) if parts else np.empty(0, np.intp)
+        blocks = parts[0] if len(parts) == 1 else np.concatenate(parts) if parts else np.empty(0, np.intp)
         self._states[blocks] = HELD
         self.ref_counts[blocks] = 1
         self.num_free -= count

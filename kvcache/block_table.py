@@ -33,7 +33,7 @@ class BlockTables:
         at = self.num_blocks[slots]
         self._widen(int(at.max(initial=0)) + 1)
         self.ids[slots, at] = blocks
-        self.num_blocks[slots] += 1
+        self.num_blocks[slots] = at + 1
 
     def clear(self, slot: int) -> I32:
         """Forgets the table; returns the blocks it held."""

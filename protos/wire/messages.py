@@ -28,20 +28,27 @@ I32: TypeAlias = NDArray[np.int32]
 U32: TypeAlias = NDArray[np.uint32]
 
 
+# Shared by all messages that leave an array out; nothing can be written to an empty array.
+_NO_U8: U8 = np.empty(0, np.uint8)
+_NO_U16: U16 = np.empty(0, np.uint16)
+_NO_I32: I32 = np.empty(0, np.int32)
+_NO_U32: U32 = np.empty(0, np.uint32)
+
+
 def _u8() -> U8:
-    return np.empty(0, np.uint8)
+    return _NO_U8
 
 
 def _u16() -> U16:
-    return np.empty(0, np.uint16)
+    return _NO_U16
 
 
 def _i32() -> I32:
-    return np.empty(0, np.int32)
+    return _NO_I32
 
 
 def _u32() -> U32:
-    return np.empty(0, np.uint32)
+    return _NO_U32
 
 
 class Header(msgspec.Struct, array_like=True):

@@ -48,6 +48,7 @@ from wire.messages import I32, U32
 PIPELINE_DEPTH = 2
 _REMEMBERED_IDS = 10_000  # ended requests that Cancel still knows
 _SECOND = 1_000_000_000
+_sum, _max = np.add.reduce, np.maximum.reduce  # as the methods, in half the time
 _PUBLISH_EVERY = 8  # steps
 _LEAST_CHUNK = 16  # tokens of prompts in a step whose decodes alone pass the inter-token time: prompts get on all the same
 _PATIENCE_NS = 30 * _SECOND  # a request without a deadline goes before those whose latest start is so long after its arrival
@@ -380,10 +381,10 @@ class Core:
             raise ProtocolError(f"result of step {result.header.step_id}, which was not the next one in flight")
         step = self.in_flight[0]
         count = len(step.sampled)
-        if not len(result.slots) == len(result.tokens) == count or not (result.slots == step.sampled).all():
+        if not len(result.slots) == len(result.tokens) == count or np.count_nonzero(result.slots != step.sampled):
             raise ProtocolError(f"step {step.step_id} sampled other rows than its plan")
         assert self.facts is not None
-        if count and int(result.tokens.view(np.uint32).max()) >= self.facts.vocab_size:  # negative ones too
+        if count and int(_max(result.tokens.view(np.uint32))) >= self.facts.vocab_size:  # negative ones too
             raise ProtocolError(f"step {step.step_id} sampled a token outside the vocabulary")
         self.in_flight.popleft()
         self.kv.pool.returned(step.step_id)
@@ -748,7 +749,7 @@ class Core:
         if self._copies or self._swaps_out or self._swaps_in:
             self._move_blocks(plan)
         assert len(slots) + len(selection.padding) <= rows.max_rows
-        num_tokens = int(selection.num_tokens.sum())
+        num_tokens = int(_sum(selection.num_tokens))
         assert num_tokens <= self.token_budget
 
         takes = selection.num_tokens
@@ -762,7 +763,7 @@ class Core:
         rows.last_step[slots] = self._next_step
         if len(selection.padding):
             rows.last_step[selection.padding] = self._next_step
-        context = int(computed.sum(dtype=np.int64))
+        context = int(_sum(computed, dtype=np.int64))
         if num_tokens > len(slots):
             chunks = (takes > 1).nonzero()[0]
             context += int((((takes[chunks] - 1).astype(np.int64)) * (2 * before[chunks] + takes[chunks])).sum()) // 2
@@ -910,7 +911,7 @@ class Core:
         rows = self.rows
         state = rows.state[slots]
         live = (state == RUNNING) | (state == PREEMPTED)
-        if not live.all():
+        if np.count_nonzero(live) < len(live):
             slots, tokens = slots[live], tokens[live]
         if not len(slots):
             return

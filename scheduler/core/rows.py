@@ -49,6 +49,7 @@ class Rows:
         self.started_ns = np.zeros(max_rows, np.int64)
         self.grown_ns = np.zeros(max_rows, np.int64)  # since then, when a block was appended; summed over those blocks
         self.outputs = np.empty((max_rows, 64), np.int32)  # [slot, :num_outputs]; columns grow
+        self._most_outputs = 0  # at least as many as any row has
         self.sequences: list[Sequence | None] = [None] * max_rows
         self.stop_ids: list[frozenset[int]] = [frozenset()] * max_rows
         self._num_stops = np.zeros(vocab_size, np.int32)  # [token] rows that have it among their end tokens
@@ -91,6 +92,7 @@ class Rows:
         self.started_ns[slot] = now
         self.grown_ns[slot] = 0
         self._widen(count)
+        self._most_outputs = max(self._most_outputs, count)
         self.outputs[slot, :count] = sequence.outputs
         self.sequences[slot] = sequence
         sequence.slot = slot
@@ -135,7 +137,10 @@ class Rows:
     def append_outputs(self, slots: Slots, tokens: I32) -> I32:
         """One more output token for each row; returns how many each has now."""
         counts = self.num_outputs[slots]
-        self._widen(int(counts.max(initial=0)) + 1)
+        self._most_outputs += 1
+        if self._most_outputs > self.outputs.shape[1]:
+            self._widen(int(counts.max(initial=0)) + 1)
+            self._most_outputs = int(self.num_outputs.max()) + 1
         self.outputs[slots, counts] = tokens
         counts += 1
         self.num_outputs[slots] = counts
