@@ -433,12 +433,12 @@ class Core:
         priority: int = head.priority
         return priority
 
-    def chunk_budget(self, decodes: Slots) -> int:
+    def chunk_budget(self, decodes: Slots, prompts: Slots) -> int:
         left = self.token_budget - len(decodes)
         if not self.config.target_itl_ns or not len(decodes):
             return left
         context = int(self.rows.num_computed[decodes].sum()) + len(decodes)
-        chunk_context = self._kv_tokens // max(1, len(self.rows.in_order()))
+        chunk_context = int(self.rows.num_computed[prompts[0]]) if len(prompts) else 0
         within = self.step_cost.tokens_within(self.config.target_itl_ns, len(decodes), context, chunk_context, left)
         return min(left, max(within, _LEAST_CHUNK))
 

@@ -57,9 +57,9 @@ class Batch(Protocol):
         When they do not suffice, the row is preempted that loses least, and again, until they will. To be asked before
         `admit`: nobody is preempted in the step that admits him."""
 
-    def chunk_budget(self, decodes: Slots) -> int:
-        """Most tokens of prompts for a step with these decodes: what the token budget leaves, and what keeps the step's
-        predicted time to the configured inter-token time."""
+    def chunk_budget(self, decodes: Slots, prompts: Slots) -> int:
+        """Most tokens of prompts for a step with these decodes, when `prompts[0]`, or somebody new, goes first: what the token
+        budget leaves, and what keeps the step's predicted time to the configured inter-token time."""
 
     def is_oldest_turn(self) -> bool:
         """Whether the prompt admitted first goes first this time, whatever its class, so that nobody starves."""

@@ -32,7 +32,7 @@ class Continuous:
             prompts, num_first = running[:0], 0
         if not len(prompts) and not batch.next_priority():
             return Selection(decodes, np.ones(len(decodes), np.int32))
-        slots, takes = self._prompts(batch, prompts, num_first, batch.chunk_budget(decodes))
+        slots, takes = self._prompts(batch, prompts, num_first, batch.chunk_budget(decodes, prompts))
         ones = np.ones(len(decodes), np.int32)
         if not slots:
             return Selection(decodes, ones)
