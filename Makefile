@@ -62,7 +62,7 @@ bench-core: $(READY)
 bench-scheduler: $(READY)
 	$(BIN)/carousel simulate --workload azure-conv-like,azure-code-like,mooncake-like,anyscale-512 \
 	  --policy continuous,prefill_first,static --model llama-3.1-8b --json bench/results/simulate.jsonl $(ARGS)
-	$(BIN)/python -m bench.targets --json bench/results/targets.jsonl
+	-$(BIN)/python -m bench.targets --json bench/results/targets.jsonl
 
 protos: $(READY)
 	$(BIN)/python protos/generate.py
