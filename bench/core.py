@@ -215,14 +215,20 @@ def plot(costs: list[StepCosts], path: Path) -> None:
     figure = Figure(figsize=(10, 4), layout="constrained")
     by_rows, by_waiting = figure.subplots(1, 2)
     for waiting in sorted({cost.waiting for cost in costs}):
-        line = sorted((cost.rows, cost.mean) for cost in costs if cost.waiting == waiting)
-        if len(line) > 1:
-            by_rows.plot(*zip(*line, strict=True), marker="o", label=f"{waiting:,} waiting")
-    by_rows.set(xscale="log", yscale="log", xlabel="rows that decode", ylabel="µs of CPU time a step (mean)", title="by rows")
+        for what in ("mean", "median"):
+            line = sorted((cost.rows, getattr(cost, what)) for cost in costs if cost.waiting == waiting)
+            if len(line) > 1:
+                by_rows.plot(*zip(*line, strict=True), marker="o", label=f"{what}, {waiting:,} waiting")
+    by_rows.set(xscale="log", yscale="log", xlabel="rows that decode", ylabel="µs of CPU time a step", title="by rows")
     by_rows.legend()
     line = sorted((cost.waiting, cost.mean) for cost in costs if cost.rows == 256)
     by_waiting.plot(*zip(*line, strict=True), marker="o")
-    by_waiting.set(xscale="symlog", ylim=(0, None), xlabel="requests waiting", title="by requests waiting, 256 rows")
+    by_waiting.set(
+        xscale="symlog",
+        ylim=(0, 1.2 * max(cost for _, cost in line)),
+        xlabel="requests waiting",
+        title="by requests waiting, 256 rows, mean",
+    )
     for axes in (by_rows, by_waiting):
         axes.grid(alpha=0.3)
     path.parent.mkdir(parents=True, exist_ok=True)
