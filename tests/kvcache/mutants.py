@@ -69,7 +69,8 @@ MUTANTS = [
     pool("free blocks are not counted down", "        self.num_free -= count\n        return", "        return"),
     pool("cached blocks are not available", "return self.num_free + self.num_cached", "return self.num_free"),
     pool("retiring blocks are available", "return self.num_free + self.num_cached", "return self.num_free + self.num_cached + self.num_retiring"),
-    pool("retiring blocks are given out", "found = (window == FREE)", "found = ((window == FREE) | (window == RETIRING))"),
+    pool("retiring blocks are given out", "(window == FREE).nonzero()[0][:count]", "(window != HELD).nonzero()[0][:count]"),
+    pool("retiring blocks are given out if it takes a search", "(window == FREE).nonzero()[0]\n", "(window != HELD).nonzero()[0]\n"),
     pool("held blocks are counted without the retiring ones", " - self.num_cached - self.num_retiring", " - self.num_cached"),
     pool("a block with one reference is shared", "self.ref_counts > 1", "self.ref_counts > 0"),
     # eviction
