@@ -46,6 +46,9 @@ def explain(core: Core, request_id: str, now: int) -> Explanation | None:
         end_reason=sequence.end_reason,
     )
     explanation.text = _in_words(explanation)
+    if len(request.sequences) > 1 and sequence.state is not State.ENDED:
+        all_outputs, live = len(request.sequences), request.num_live
+        explanation.text += f" (This is output_index {sequence.output_index} of {all_outputs} outputs, {live} of them alive.)"
     return explanation
 
 

@@ -220,7 +220,9 @@ def test_sibling() -> None:
     core.plan()
     answer = why(core, "a")
     assert (answer.hindrance, answer.state) == (Hindrance.SIBLING, "waiting"), "the output furthest from computing"
-    assert answer.text == "Waiting: its first output computes the prompt that they share."
+    assert answer.text == (
+        "Waiting: its first output computes the prompt that they share. (This is output_index 1 of 2 outputs, 2 of them alive.)"
+    )
     core.plan()
     assert why(core, "a").hindrance is Hindrance.SIBLING
     core.answer()
