@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Generic, Literal, Protocol, Self, TypeVar
 
@@ -162,6 +162,10 @@ class CarouselClient:
         top_k: int | None = None,
         top_p: float | None = None,
         min_p: float | None = None,
+        repetition_penalty: float | None = None,
+        presence_penalty: float | None = None,
+        frequency_penalty: float | None = None,
+        logit_bias: Mapping[int, float] | None = None,
         seed: int | None = None,
         num_outputs: int | None = None,
         stop: str | Sequence[str] = (),
@@ -183,7 +187,16 @@ class CarouselClient:
         request = generation_pb2.GenerateRequest(
             request_id=request_id,
             sampling=generation_pb2.SamplingParams(
-                temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, seed=seed, num_outputs=num_outputs
+                temperature=temperature,
+                top_k=top_k,
+                top_p=top_p,
+                min_p=min_p,
+                repetition_penalty=repetition_penalty,
+                presence_penalty=presence_penalty,
+                frequency_penalty=frequency_penalty,
+                logit_bias=logit_bias,
+                seed=seed,
+                num_outputs=num_outputs,
             ),
             stopping=generation_pb2.StoppingParams(
                 max_tokens=max_tokens,

@@ -219,6 +219,15 @@ def _token_ids(context: click.Context, parameter: click.Parameter, value: str | 
     return [int(part) for part in parts]
 
 
+def _logit_bias(_: click.Context, __: click.Parameter, value: str | None) -> dict[int, float] | None:
+    if value is None:
+        return None
+    try:
+        return {int(token): float(bias) for token, bias in (part.split(":") for part in value.split(","))}
+    except ValueError:
+        raise click.BadParameter("give token ids with what to add to their logits, as in 11:-100,42:5") from None
+
+
 @carousel.command(context_settings=_SETTINGS)
 @click.option("--prompt", metavar="TEXT", help="The text to continue.")
 @click.option(
@@ -243,6 +252,15 @@ def _token_ids(context: click.Context, parameter: click.Parameter, value: str | 
 @click.option("--top-k", type=_COUNT, metavar="K", help="Draw from the K likeliest tokens; 0: from all.")
 @click.option("--top-p", type=float, metavar="P", help="Draw from the likeliest tokens that make up this probability.")
 @click.option("--min-p", type=float, metavar="P", help="Leave out tokens less likely than this share of the likeliest.")
+@click.option("--repetition-penalty", type=float, metavar="X", help="Above 1: what prompt and output hold becomes less likely.")
+@click.option("--presence-penalty", type=float, metavar="X", help="Taken from the logits of all that the output holds.")
+@click.option("--frequency-penalty", type=float, metavar="X", help="The same, times how often it holds it.")
+@click.option(
+    "--logit-bias",
+    callback=_logit_bias,
+    metavar="ID:X,…",
+    help="Added to the logits of these token ids, -100 (never) to 100 (always).",
+)
 @click.option("--seed", type=_COUNT, metavar="N", help="The same seed draws the same. [default: random]")
 @click.option(
     "--num-outputs",

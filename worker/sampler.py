@@ -2,8 +2,8 @@
 
 A token depends on its row's logits and on (seed, position, output_index) only, never on the other rows: the draw is the
 argmax of scaled, filtered logits + Gumbel noise (Gumbel 1954; the noise is philox.py's), which follows the softmax exactly.
-Ties go to the lowest id. Filters come in transformers' order: temperature, top-k, top-p, min-p; each keeps everything that is
-no worse than the last one kept, so tokens that tie at an edge stay together.
+Ties go to the lowest id. Bias and penalties come first. Filters come in transformers' order: temperature, top-k, top-p, min-p;
+each keeps everything that is no worse than the last one kept, so tokens that tie at an edge stay together.
 
 Legend: N rows, V vocabulary, M rows that draw at random, K best tokens, G groups of four tokens.
 """
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from wire.messages import I32
 from worker import philox
-from worker.sequences import SamplingRows
+from worker.sampling_columns import SamplingRows
 
 F32 = NDArray[np.float32]
 
@@ -29,8 +29,7 @@ _MINUS_INFINITY = float("-inf")
 
 def sample(logits_NV: Tensor, rows: SamplingRows) -> I32:
     """The tokens [N]. `logits_NV` is float32 and ours to write to. A row with a NaN or an infinite best gets its argmax."""
-    if len(rows.masked[0]):
-        logits_NV[torch.from_numpy(rows.masked[0]), torch.from_numpy(rows.masked[1])] = _MINUS_INFINITY
+    adjust(logits_NV, rows)
     best_N, token_N = logits_NV.max(dim=-1)
     tokens = token_N.cpu().numpy().astype(np.int32)
     at_random = (rows.temperature >= GREEDY_BELOW) & np.isfinite(best_N.cpu().numpy())
@@ -46,7 +45,7 @@ def sample_slowly(logits_NV: Tensor, rows: SamplingRows) -> I32:
     """Twin of sample(): one row after the other, whole sorts, noise for the whole vocabulary."""
     tokens = np.empty(len(logits_NV), np.int32)
     for i, logits_V in enumerate(logits_NV.clone()):
-        logits_V[torch.from_numpy(rows.masked[1][rows.masked[0] == i])] = _MINUS_INFINITY
+        adjust_slowly(logits_V, rows, i)
         if rows.temperature[i] < GREEDY_BELOW or not torch.isfinite(logits_V.max()):
             tokens[i] = int(logits_V.argmax())
             continue
@@ -61,6 +60,39 @@ def _scaled(logits_NV: Tensor, rows: SamplingRows, chosen: NDArray[np.intp]) -> 
     """Logits over temperature of the chosen rows, as a copy."""
     temperature_M1 = torch.from_numpy(rows.temperature[chosen])[:, None].to(logits_NV.device)
     return logits_NV[torch.from_numpy(chosen).to(logits_NV.device)] / temperature_M1
+
+
+# ---------------------------------------------------------------------------------------------- bias, penalties and mask
+
+
+def adjust(logits_NV: Tensor, rows: SamplingRows) -> None:
+    """In place: logit bias; then repetition penalty (arXiv:1909.05858, section 4.1), presence and frequency penalties (as the
+    OpenAI API defines them); then −inf for what must not be drawn."""
+    if len(rows.bias):
+        at = (torch.from_numpy(rows.bias.rows), torch.from_numpy(rows.bias.tokens))
+        logits_NV[at] += torch.from_numpy(rows.bias.values).to(logits_NV.device)
+    if len(rows.seen):
+        seen = rows.seen
+        at = (torch.from_numpy(seen.rows), torch.from_numpy(seen.tokens))
+        more = rows.presence_penalty[seen.rows] * (seen.values > 0) + rows.frequency_penalty[seen.rows] * seen.values
+        repetition, more_X = (torch.from_numpy(x).to(logits_NV.device) for x in (rows.repetition_penalty[seen.rows], more))
+        logits_X = logits_NV[at]
+        logits_NV[at] = torch.where(logits_X > 0, logits_X / repetition, logits_X * repetition) - more_X
+    if len(rows.masked[0]):
+        logits_NV[torch.from_numpy(rows.masked[0]), torch.from_numpy(rows.masked[1])] = _MINUS_INFINITY
+
+
+def adjust_slowly(logits_V: Tensor, rows: SamplingRows, i: int) -> None:
+    """Twin of adjust() for row i, token by token."""
+    for row, token, bias in zip(rows.bias.rows, rows.bias.tokens, rows.bias.values, strict=True):
+        if row == i:
+            logits_V[token] += float(bias)
+    for row, token, times in zip(rows.seen.rows, rows.seen.tokens, rows.seen.values, strict=True):
+        if row == i:
+            penalty = float(rows.repetition_penalty[i])
+            logits_V[token] = logits_V[token] / penalty if logits_V[token] > 0 else logits_V[token] * penalty
+            logits_V[token] -= float(rows.presence_penalty[i] * np.float32(times > 0) + rows.frequency_penalty[i] * times)
+    logits_V[torch.from_numpy(rows.masked[1][rows.masked[0] == i])] = _MINUS_INFINITY
 
 
 # --------------------------------------------------------------------------------------------------------------- filters

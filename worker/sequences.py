@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from wire.messages import I32, U16, SequenceStart, StepPlan, WorkerFacts
 from worker.blocks import Blocks, PlanError, moves, refuse, repeated
+from worker.sampling_columns import SamplingColumns, SamplingRows
 
 Index = NDArray[np.intp]
 I64 = NDArray[np.int64]
@@ -37,20 +38,6 @@ class StepRows:
         return self.slots[self.drawing[: self.num_sampled]]
 
 
-@dataclass(slots=True)
-class SamplingRows:
-    """How the tokens of the drawing rows are drawn; columns of length N+P."""
-
-    temperature: NDArray[np.float32]  # 0 = greedy
-    top_k: I32  # 0 = all
-    top_p: NDArray[np.float32]
-    min_p: NDArray[np.float32]
-    seed: NDArray[np.uint64]
-    position: I64  # of the token to be drawn
-    output_index: I32
-    masked: tuple[Index, Index]  # (row, token id) pairs that must not be drawn: stop tokens before min_tokens
-
-
 class Sequences:
     """All sequences of one worker. `apply` takes the plans of an epoch in order; `feed` the tokens sampled in each step."""
 
@@ -68,13 +55,7 @@ class Sequences:
         self.num_computed = np.zeros(rows, np.int64)  # of these, keys and values in the cache
         self.num_prompt = np.zeros(rows, np.int64)
         self.output_index = np.zeros(rows, np.int32)
-        self.temperature = np.zeros(rows, np.float32)
-        self.top_k = np.zeros(rows, np.int32)
-        self.top_p = np.ones(rows, np.float32)
-        self.min_p = np.zeros(rows, np.float32)
-        self.seed = np.zeros(rows, np.uint64)
-        self.min_tokens = np.zeros(rows, np.int64)
-        self.stop_token_ids: I32 = np.full((rows, 4), -1, np.int32)  # [S, most stop tokens], -1 past the last; widens
+        self.columns = SamplingColumns(rows, self.vocab_size)
         self.live = np.zeros(rows, np.bool_)
         self.blocks = Blocks(facts.num_blocks, facts.num_host_blocks)
         self.next_step = 0
@@ -114,22 +95,7 @@ class Sequences:
     def sampling(self, rows: StepRows) -> SamplingRows:
         slots = rows.slots[rows.drawing]
         position = rows.first[rows.drawing] + rows.count[rows.drawing]
-        return SamplingRows(
-            temperature=self.temperature[slots],
-            top_k=self.top_k[slots],
-            top_p=self.top_p[slots],
-            min_p=self.min_p[slots],
-            seed=self.seed[slots],
-            position=position,
-            output_index=self.output_index[slots],
-            masked=self._masked(slots, position),
-        )
-
-    def _masked(self, slots: Index, position: I64) -> tuple[Index, Index]:
-        early = np.flatnonzero(position - self.num_prompt[slots] < self.min_tokens[slots])
-        stops = self.stop_token_ids[slots[early]]
-        row, column = np.nonzero(stops >= 0)
-        return early[row], stops[row, column].astype(np.intp)
+        return self.columns.of(slots, position, self.output_index, self.tokens, self.num_prompt)
 
     # ------------------------------------------------------------------------------------------------- the plan's changes
 
@@ -178,7 +144,7 @@ class Sequences:
             raise PlanError(f"{who}: {start.num_blocks} blocks do not hold {start.num_computed_tokens} computed tokens")
 
     def _take_up(self, start: SequenceStart, tokens: I32, blocks: I32) -> None:
-        slot, sampling = start.slot, start.sampling
+        slot = start.slot
         refuse(repeated(blocks), blocks, f"sequence {start.sequence_id} in slot {slot}: block {{}} stands twice in its table")
         self.tokens[slot, : len(tokens)] = tokens
         self.block_tables[slot, : len(blocks)] = blocks
@@ -188,17 +154,7 @@ class Sequences:
         self.num_computed[slot] = start.num_computed_tokens
         self.num_prompt[slot] = start.num_prompt_tokens
         self.output_index[slot] = start.output_index
-        self.temperature[slot] = sampling.temperature
-        self.top_k[slot] = min(max(sampling.top_k, 0), self.vocab_size)
-        self.top_p[slot] = sampling.top_p
-        self.min_p[slot] = sampling.min_p
-        self.seed[slot] = sampling.seed & 0xFFFF_FFFF_FFFF_FFFF
-        self.min_tokens[slot] = sampling.min_tokens
-        # A stop token beyond the vocabulary can't be drawn: nothing to mask.
-        stops = [token for token in sampling.stop_token_ids if 0 <= token < self.vocab_size]
-        self._widen_stops(len(stops))
-        self.stop_token_ids[slot] = -1
-        self.stop_token_ids[slot, : len(stops)] = stops
+        self.columns.put(slot, start.sampling)
         self.live[slot] = True
 
     def _check_computed(self, start: SequenceStart) -> None:
@@ -213,13 +169,6 @@ class Sequences:
                 f"sequence {start.sequence_id} in slot {start.slot}: {said[i]} of its computed tokens are to be in block "
                 f"{table[i]}, which holds {filled[i]}"
             )
-
-    def _widen_stops(self, count: int) -> None:
-        rows, width = self.stop_token_ids.shape
-        if count > width:
-            wider = np.full((rows, 2 * count), -1, np.int32)
-            wider[:, :width] = self.stop_token_ids
-            self.stop_token_ids = wider
 
     def _grow(self, grow_slots: U16, blocks: I32) -> None:
         if len(grow_slots) != len(blocks):

@@ -151,11 +151,11 @@ class SimExecutor:
         drawing = rows.drawing[: rows.num_sampled]
         position = rows.first[drawing] + rows.count[drawing]
         return draw(
-            key=self._prompt_hash[slots] ^ sequences.seed[slots],
+            key=self._prompt_hash[slots] ^ sequences.columns.seed[slots],
             position=position,
             output_index=sequences.output_index[slots],
-            stops=sequences.stop_token_ids[slots],
-            may_end=position - sequences.num_prompt[slots] >= sequences.min_tokens[slots],
+            stops=sequences.columns.stop_token_ids[slots],
+            may_end=position - sequences.num_prompt[slots] >= sequences.columns.min_tokens[slots],
             vocab_size=self.facts.vocab_size,
             end_below=self._end_below,
         )

@@ -106,6 +106,10 @@ class SamplingSpec(Header):
     seed: int  # 64 bits
     min_tokens: int = 0  # stop_token_ids are masked before this many output tokens
     stop_token_ids: tuple[int, ...] = ()
+    repetition_penalty: float = 1.0  # (0, 10]; 1 = off. Of tokens in prompt or output
+    presence_penalty: float = 0.0  # [-2, 2]. Of tokens in the output
+    frequency_penalty: float = 0.0  # [-2, 2]. Of tokens in the output, times their count
+    logit_bias: tuple[tuple[int, float], ...] = ()  # (token id, what is added to its logit)
 
 
 class SequenceStart(Header):

@@ -15,7 +15,7 @@ from scheduler.model_files import read_json
 log = logging.getLogger(__name__)
 
 # Values at which a setting changes nothing; others are said once, since this server does not apply them.
-_NEUTRAL = {"repetition_penalty": 1, "encoder_repetition_penalty": 1, "no_repeat_ngram_size": 0, "num_beams": 1}
+_NEUTRAL = {"encoder_repetition_penalty": 1, "no_repeat_ngram_size": 0, "num_beams": 1}
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +27,7 @@ class ModelDefaults:
     top_p: float
     min_p: float
     eos_token_ids: tuple[int, ...]
+    repetition_penalty: float = 1.0
 
 
 def load(directory: Path, tokenizer_eos: int | None) -> ModelDefaults:
@@ -43,6 +44,7 @@ def load(directory: Path, tokenizer_eos: int | None) -> ModelDefaults:
         top_p=_number(path, generation, "top_p", 1.0, 1e-9, 1),
         min_p=_number(path, generation, "min_p", 0.0, 0, 1),
         eos_token_ids=_end_tokens(generation, read_json(directory / "config.json"), tokenizer_eos),
+        repetition_penalty=_number(path, generation, "repetition_penalty", 1.0, 1e-9, 10),
     )
 
 

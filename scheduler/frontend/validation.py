@@ -24,6 +24,7 @@ MAX_OUTPUTS = 64
 MAX_STOP_STRINGS = 16
 MAX_STOP_CHARACTERS = 256
 MAX_STOP_TOKENS = 64
+MAX_BIASES = 1024
 MAX_LOGPROBS = 20
 
 _FloatName: TypeAlias = Literal["temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty"]
@@ -124,8 +125,6 @@ def check_id(field: str, value: str) -> None:
 
 def _sampling(request: pb.GenerateRequest, limits: WorkerFacts, defaults: ModelDefaults) -> SamplingSpec:
     params = request.sampling
-    _check_penalties(params)
-    _check_bias(params, limits)
     if params.top_k > limits.vocab_size:
         raise InvalidFieldError("sampling.top_k", f"must be at most the vocabulary size, {limits.vocab_size}")
     check_token_ids(request.stopping.stop_token_ids, "stopping.stop_token_ids", limits)
@@ -138,6 +137,10 @@ def _sampling(request: pb.GenerateRequest, limits: WorkerFacts, defaults: ModelD
         seed=params.seed if params.HasField("seed") else secrets.randbits(64),
         min_tokens=request.stopping.min_tokens,
         stop_token_ids=tuple(dict.fromkeys((*request.stopping.stop_token_ids, *own))),
+        repetition_penalty=_float(params, "repetition_penalty", 0, 10, defaults.repetition_penalty, above=True),
+        presence_penalty=_float(params, "presence_penalty", -2, 2, 0),
+        frequency_penalty=_float(params, "frequency_penalty", -2, 2, 0),
+        logit_bias=_bias(params, limits),
     )
 
 
@@ -149,22 +152,14 @@ def _num_outputs(params: pb.SamplingParams) -> int:
     return params.num_outputs
 
 
-def _check_penalties(params: pb.SamplingParams) -> None:
-    if _float(params, "repetition_penalty", 0, 10, 1, above=True) != 1:
-        raise UnsupportedFieldError("sampling.repetition_penalty")
-    if _float(params, "presence_penalty", -2, 2, 0) != 0:
-        raise UnsupportedFieldError("sampling.presence_penalty")
-    if _float(params, "frequency_penalty", -2, 2, 0) != 0:
-        raise UnsupportedFieldError("sampling.frequency_penalty")
-
-
-def _check_bias(params: pb.SamplingParams, limits: WorkerFacts) -> None:
-    field = "sampling.logit_bias"
-    if params.logit_bias:
-        check_token_ids(params.logit_bias, field, limits)
-        if not all(-100 <= bias <= 100 for bias in params.logit_bias.values()):
-            raise InvalidFieldError(field, "must be in [-100, 100]")
-        raise UnsupportedFieldError(field)
+def _bias(params: pb.SamplingParams, limits: WorkerFacts) -> tuple[tuple[int, float], ...]:
+    field, bias = "sampling.logit_bias", params.logit_bias
+    if len(bias) > MAX_BIASES:
+        raise InvalidFieldError(field, f"must be at most {MAX_BIASES} tokens, not {len(bias)}")
+    check_token_ids(bias, field, limits)
+    if not all(-100 <= value <= 100 for value in bias.values()):
+        raise InvalidFieldError(field, "must be in [-100, 100]")
+    return tuple(sorted(bias.items()))
 
 
 def _float(params: pb.SamplingParams, name: _FloatName, low: float, high: float, default: float, above: bool = False) -> float:

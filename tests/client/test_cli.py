@@ -196,6 +196,7 @@ def test_the_prompt_comes_from_an_option_a_file_or_stdin_as_it_is(server, tmp_pa
 
 def test_options_reach_the_request(server):
     options = "--token-ids 1,2,3 --max-tokens 9 --temperature 0 --top-k 4 --top-p 0.5 --min-p 0.25 --seed 7"
+    options += " --repetition-penalty 1.5 --presence-penalty -1 --frequency-penalty 0.5 --logit-bias 11:-100,42:2.5"
     options += " --num-outputs 2 --tenant team-a --max-time-ms 900 --on-timeout partial --cache-salt s --priority batch"
     done = generate(server, *options.split(), "--stop", "a", "--stop", "b", "--ignore-eos", "--echo")
     assert done.returncode == 0
@@ -203,7 +204,8 @@ def test_options_reach_the_request(server):
     assert list(request.token_ids.ids) == [1, 2, 3]
     sampling = request.sampling
     assert (sampling.temperature, sampling.top_k, sampling.top_p, sampling.min_p, sampling.seed) == (0, 4, 0.5, 0.25, 7)
-    assert sampling.HasField("temperature")
+    assert sampling.HasField("temperature") and dict(sampling.logit_bias) == {11: -100, 42: 2.5}
+    assert (sampling.repetition_penalty, sampling.presence_penalty, sampling.frequency_penalty) == (1.5, -1, 0.5)
     assert request.stopping.max_tokens == 9 and request.stopping.ignore_eos and list(request.stopping.stop) == ["a", "b"]
     scheduling = request.scheduling
     assert request.output.echo and scheduling.priority == generation_pb2.PRIORITY_CLASS_BATCH
@@ -306,6 +308,8 @@ WRONG_USAGE = [
     ("generate", "--prompt", "a", "-"),
     ("generate", "other"),
     ("generate", "--token-ids", "1,x"),
+    ("generate", "--prompt", "a", "--logit-bias", "5"),
+    ("generate", "--prompt", "a", "--logit-bias", "5:a"),
     ("generate", "--token-ids", "4294967296"),
     ("generate", "--prompt", "a", "--max-tokens", "-1"),
     ("generate", "--prompt", "a", "--max-tokens", "0"),

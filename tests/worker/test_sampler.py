@@ -5,19 +5,35 @@ import pytest
 import torch
 from transformers.generation.logits_process import (
     MinPLogitsWarper,
+    RepetitionPenaltyLogitsProcessor,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
     TopPLogitsWarper,
 )
 
 from worker import philox
-from worker.sampler import draw, keep, keep_slowly, sample, sample_slowly, whole_noise
-from worker.sequences import SamplingRows
+from worker.sampler import adjust, adjust_slowly, draw, keep, keep_slowly, sample, sample_slowly, whole_noise
+from worker.sampling_columns import Entries, SamplingRows
 
 NOTHING = (np.empty(0, np.intp), np.empty(0, np.intp))
 
 
-def rows(count: int, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, seed=7, position=0, output_index=0, masked=NOTHING):
+def rows(
+    count: int,
+    temperature=1.0,
+    top_k=0,
+    top_p=1.0,
+    min_p=0.0,
+    seed=7,
+    position=0,
+    output_index=0,
+    repetition=1.0,
+    presence=0.0,
+    frequency=0.0,
+    masked=NOTHING,
+    bias=(),
+    seen=(),
+):
     def column(value: object, dtype: type) -> np.ndarray:
         return np.broadcast_to(np.asarray(value, dtype), (count,)).copy()
 
@@ -29,13 +45,25 @@ def rows(count: int, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, seed=7, pos
         seed=column(seed, np.uint64),
         position=column(position, np.int64),
         output_index=column(output_index, np.int32),
+        repetition_penalty=column(repetition, np.float32),
+        presence_penalty=column(presence, np.float32),
+        frequency_penalty=column(frequency, np.float32),
         masked=masked,
+        bias=entries(bias),
+        seen=entries(seen),
     )
 
 
+def entries(triples) -> Entries:
+    """Of (row, token, value)."""
+    row, token, value = zip(*triples, strict=True) if triples else ((), (), ())
+    return Entries(np.array(row, np.intp), np.array(token, np.intp), np.array(value, np.float32))
+
+
 def take(all_rows: SamplingRows, chosen: np.ndarray) -> SamplingRows:
-    fields = {name: getattr(all_rows, name)[chosen] for name in all_rows.__slots__ if name != "masked"}
-    return SamplingRows(**fields, masked=NOTHING)
+    """Some rows of those that have no mask, no bias and no penalty."""
+    whole = ("masked", "bias", "seen")
+    return SamplingRows(**{name: getattr(all_rows, name)[chosen] for name in all_rows.__slots__ if name not in whole})
 
 
 def logits(count: int, vocab: int, spread: float, seed: int = 0) -> torch.Tensor:
@@ -184,6 +212,62 @@ def test_masked_stop_tokens_are_neither_best_nor_drawn() -> None:
     tokens = sample(scores.clone(), rows(2, temperature=np.array([0.0, 1.0]), masked=masked))
     assert tokens[0] == 0 and tokens[1] != 2
     assert sample_slowly(scores, rows(2, temperature=np.array([0.0, 1.0]), masked=masked)).tolist() == tokens.tolist()
+
+
+def adjusted_rows(count: int, vocab: int, seed: int) -> SamplingRows:
+    """Rows with and without bias and penalties, some tokens in several of them."""
+    choose = np.random.default_rng(seed)
+
+    def some(values) -> list[tuple[int, int, float]]:
+        pairs = [(row, token) for row in range(count) for token in range(vocab)]
+        chosen = choose.permutation(len(pairs))[: len(pairs) // 3]
+        return [(*pairs[i], float(value)) for i, value in zip(chosen, choose.choice(values, len(chosen)), strict=True)]
+
+    return rows(
+        count,
+        temperature=choose.choice([0.0, 1.0], count),
+        seed=choose.integers(0, 2**64, count, dtype=np.uint64),
+        repetition=choose.choice([1.0, 0.5, 1.3], count),
+        presence=choose.choice([0.0, -2.0, 1.5], count),
+        frequency=choose.choice([0.0, 0.25, -1.0], count),
+        bias=some([-100.0, 0.5, 100.0]),
+        seen=some([0.0, 1.0, 2.0, 7.0]),
+        masked=(np.arange(count), choose.integers(0, vocab, count)),
+    )
+
+
+@pytest.mark.parametrize("vocab", [3, 64])
+def test_fast_adjustments_equal_their_slow_twin(vocab: int) -> None:
+    for seed in range(10):
+        scores, asked = logits(9, vocab, 4.0, seed), adjusted_rows(9, vocab, seed)
+        fast, slow = scores.clone(), scores.clone()
+        adjust(fast, asked)
+        for i, row in enumerate(slow):
+            adjust_slowly(row, asked, i)
+        torch.testing.assert_close(fast, slow, atol=1e-5, rtol=0)
+        assert sample(scores.clone(), asked).tolist() == sample_slowly(scores.clone(), asked).tolist()
+
+
+@pytest.mark.parametrize("penalty", [0.5, 1.3, 10.0])
+def test_the_repetition_penalty_is_transformers(penalty: float) -> None:
+    scores, seen = logits(2, 50, 3.0), [[3, 3, 7, 49], [0, 1, 1, 2]]
+    asked = rows(2, repetition=penalty, seen=[(i, token, 0) for i, ids in enumerate(seen) for token in sorted(set(ids))])
+    expected = RepetitionPenaltyLogitsProcessor(penalty)(torch.tensor(seen), scores.clone())
+    adjust(scores, asked)
+    torch.testing.assert_close(scores, expected)
+
+
+def test_presence_counts_once_and_frequency_as_often_as_it_came() -> None:
+    scores = torch.zeros(1, 4)
+    adjust(scores, rows(1, presence=0.5, frequency=0.25, seen=[(0, 1, 0), (0, 2, 1), (0, 3, 4)]))
+    assert scores.tolist() == [[0.0, 0.0, -0.75, -1.5]], "a token that is in the prompt only is not punished"
+
+
+def test_a_bias_comes_before_the_penalty_and_the_mask_after_both() -> None:
+    scores = torch.tensor([[1.0, 1.0, 1.0]])
+    masked = (np.array([0]), np.array([2]))
+    adjust(scores, rows(1, repetition=2.0, bias=[(0, 0, -3.0), (0, 2, 100.0)], seen=[(0, 0, 0)], masked=masked))
+    assert scores.tolist() == [[-4.0, 1.0, float("-inf")]]
 
 
 def test_a_row_that_is_not_finite_gets_a_token_and_spoils_no_other() -> None:

@@ -122,6 +122,37 @@ def test_stop_tokens_are_masked_until_min_tokens_are_out() -> None:
     assert masked == [list(many), [], []], "one output token was known, the second was masked, the third is free"
 
 
+def test_bias_and_what_penalties_count_are_those_of_the_drawing_rows() -> None:
+    sequences, maker = mirror()
+    many = tuple((token, 0.5 * token) for token in range(10, 16))
+    penalized = SamplingSpec(
+        0.0, 0, 1.0, 0.0, 0, repetition_penalty=1.5, frequency_penalty=0.5, logit_bias=((7, 2.0), (1000, 9.0))
+    )
+    maker.start(0, [4, 5, 4, 6], penalized, num_prompt_tokens=2)
+    maker.start(1, range(5))
+    maker.start(2, [9, 9], SamplingSpec(0.0, 0, 1.0, 0.0, 0, logit_bias=many))
+    maker.start(3, [8, 8, 3], SamplingSpec(0.0, 0, 1.0, 0.0, 0, presence_penalty=-1.0), num_prompt_tokens=1)
+    columns = sequences.sampling(sequences.apply(maker.plan({3: 3, 2: 2, 1: 4, 0: 4})))
+    bias, seen = columns.bias, columns.seen
+    assert bias.rows.tolist() == [1] * 6 + [2] and bias.tokens.tolist() == [*range(10, 16), 7], "1000 is no token"
+    assert bias.values.tolist() == [value for _, value in many] + [2.0]
+    found = sorted(zip(seen.rows.tolist(), seen.tokens.tolist(), seen.values.tolist(), strict=True))
+    assert found == [(0, 3, 1.0), (0, 8, 1.0), (2, 4, 1.0), (2, 5, 0.0), (2, 6, 1.0)], "row 1 has no penalty"
+    assert columns.repetition_penalty.tolist() == [1.0, 1.0, 1.5] and columns.presence_penalty.tolist() == [-1.0, 0.0, 0.0]
+    assert columns.frequency_penalty.tolist() == [0.0, 0.0, 0.5]
+
+
+def test_what_one_sequence_asked_for_does_not_stay_for_the_next() -> None:
+    sequences, maker = mirror()
+    asked = SamplingSpec(0.0, 0, 1.0, 0.0, 0, 9, (5, 6), 1.5, 1.0, 0.5, ((7, 2.0), (8, 1.0)))
+    maker.start(0, range(3), asked)
+    sequences.apply(maker.plan())
+    maker.end(0)
+    maker.start(0, range(3), SamplingSpec(0.0, 0, 1.0, 0.0, 0))
+    columns = sequences.sampling(sequences.apply(maker.plan()))
+    assert not len(columns.bias) and not len(columns.seen) and not len(columns.masked[0])
+
+
 def test_a_prefix_that_is_already_computed_may_be_shared() -> None:
     sequences, maker = mirror()
     maker.start(0, range(10))

@@ -262,7 +262,9 @@ class SamplingParams(_message.Message):
     min_p: _builtins.float
     """Drop tokens less likely than this share of the most likely one; [0, 1]. Default: generation_config.json, else 0."""
     repetition_penalty: _builtins.float
-    """Divides (multiplies) the positive (negative) logits of tokens seen in prompt or output; (0, 10]. Default 1 = off."""
+    """Divides (multiplies) the positive (negative) logits of tokens seen in prompt or output; (0, 10], 1 = off.
+    Default: generation_config.json, else 1.
+    """
     presence_penalty: _builtins.float
     """Subtracted from the logits of tokens present in the output; [-2, 2]. Default 0."""
     frequency_penalty: _builtins.float
@@ -273,7 +275,7 @@ class SamplingParams(_message.Message):
     """Outputs wanted for this prompt (n); 1 to 64. They share the prompt's blocks; each has its own deltas. Default 1."""
     @_builtins.property
     def logit_bias(self) -> _containers.ScalarMap[_builtins.int, _builtins.float]:
-        """Added to the logits by token id; each in [-100, 100]."""
+        """Added to the logits by token id, before the penalties; each in [-100, 100], at most 1,024 tokens."""
 
     def __init__(
         self,

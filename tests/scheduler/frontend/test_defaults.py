@@ -64,7 +64,11 @@ def test_a_value_out_of_range_is_named(value: Any, tmp_path: Path) -> None:
 
 
 def test_what_is_not_applied_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    load_from(tmp_path, {"repetition_penalty": 1.0, "num_beams": 1})
+    load_from(tmp_path, {"no_repeat_ngram_size": 0, "num_beams": 1})
     assert not caplog.records
-    load_from(tmp_path, {"repetition_penalty": 1.05})
-    assert "repetition_penalty = 1.05 is not applied" in caplog.text
+    load_from(tmp_path, {"num_beams": 4})
+    assert "num_beams = 4 is not applied" in caplog.text
+
+
+def test_the_models_own_repetition_penalty_is_taken(tmp_path: Path) -> None:
+    assert load_from(tmp_path, {"repetition_penalty": 1.05}).repetition_penalty == 1.05

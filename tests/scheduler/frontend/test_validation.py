@@ -49,6 +49,7 @@ INVALID = [
     ("sampling.logit_bias", dict(sampling=dict(logit_bias={5: 100.5}))),
     ("sampling.logit_bias", dict(sampling=dict(logit_bias={5: math.nan}))),
     ("sampling.logit_bias", dict(sampling=dict(logit_bias={600: 1.0}))),
+    ("sampling.logit_bias", dict(sampling=dict(logit_bias=dict.fromkeys(range(1025), 1.0)))),
     ("sampling.num_outputs", dict(sampling=dict(num_outputs=0))),
     ("sampling.num_outputs", dict(sampling=dict(num_outputs=65))),
     ("stopping.max_tokens", dict(stopping=dict(max_tokens=0))),
@@ -84,10 +85,6 @@ def test_out_of_range_is_refused_with_the_field(field: str, fields: dict[str, An
 
 
 UNSUPPORTED = [
-    ("sampling.repetition_penalty", dict(sampling=dict(repetition_penalty=1.1))),
-    ("sampling.presence_penalty", dict(sampling=dict(presence_penalty=0.5))),
-    ("sampling.frequency_penalty", dict(sampling=dict(frequency_penalty=-0.5))),
-    ("sampling.logit_bias", dict(sampling=dict(logit_bias={5: 1.0}))),
     ("output.logprobs", dict(output=dict(logprobs=0))),
     ("output.prompt_logprobs", dict(output=dict(prompt_logprobs=5))),
     ("scheduling.resume_window_ms", dict(scheduling=dict(resume_window_ms=1))),
@@ -108,6 +105,13 @@ def test_neutral_values_are_taken() -> None:
             scheduling=dict(on_timeout=pb.ON_TIMEOUT_FAIL, cache_salt="", resume_window_ms=0),
         )
     )
+
+
+def test_penalties_and_bias_reach_the_worker() -> None:
+    sampling = dict(repetition_penalty=1.25, presence_penalty=-2.0, frequency_penalty=0.5, logit_bias={9: -100.0, 5: 1.5})
+    spec = check(request(sampling=sampling)).sampling
+    assert (spec.repetition_penalty, spec.presence_penalty, spec.frequency_penalty) == (1.25, -2.0, 0.5)
+    assert spec.logit_bias == ((5, 1.5), (9, -100.0))
 
 
 def test_limits_themselves_are_taken() -> None:
