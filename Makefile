@@ -12,7 +12,7 @@ DEVICE ?= auto
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo serve test test-all lint bench-core bench-scheduler protos env clean
+.PHONY: help demo serve test test-all lint bench-core bench-scheduler bench-cpu bench-peers protos env clean
 
 help:
 	@echo "make demo              24 concurrent requests on the bundled model: watch the batch turn, compare with static"
@@ -23,6 +23,8 @@ help:
 	@echo "make lint              ruff, mypy, import rules, stubs up to date"
 	@echo "make bench-core        what the scheduler costs: targets S1, S2, S3, without a model (ARGS=--quick: a minute)"
 	@echo "make bench-scheduler   what it decides, simulated: four workloads by three policies, and targets G11, G14, G15"
+	@echo "make bench-cpu         Carousel and transformers on this CPU: targets C1, C3, C5 (20 minutes; ARGS=--quick: two)"
+	@echo "make bench-peers       Carousel beside OpenVINO GenAI, vLLM, llama.cpp on this CPU: target C2 (installs them on first use)"
 	@echo "make protos            generate the Python stubs from protos/carousel/v1/*.proto"
 	@echo "make env               only make .venv (PYTHON=python3.12 chooses the interpreter)"
 	@echo "make clean             remove caches and build files; rm -rf .venv removes the environment"
@@ -64,13 +66,21 @@ bench-scheduler: $(READY)
 	  --policy continuous,prefill_first,static --model llama-3.1-8b --json bench/results/simulate.jsonl $(ARGS)
 	-$(BIN)/python -m bench.targets --json bench/results/targets.jsonl
 
+# The weights are made once, in the user's cache. The other shape: ARGS='--shape llama-3.2-1b'.
+bench-cpu: $(READY)
+	$(BIN)/python -m bench.cpu --json bench/results/cpu.jsonl $(ARGS)
+
+# Each peer gets an environment of its own in bench/peers/.envs (7 GB in all); `rm -rf` it to be rid of them.
+bench-peers: $(READY)
+	$(BIN)/python -m bench.peers.run --json bench/results/peers.jsonl $(ARGS)
+
 protos: $(READY)
 	$(BIN)/python protos/generate.py
 
 env: $(READY)
 
 clean:
-	find . -name __pycache__ -type d -not -path './$(VENV)/*' -prune -exec rm -rf {} +
+	find . -name __pycache__ -type d -not -path './$(VENV)/*' -not -path './bench/peers/.envs/*' -prune -exec rm -rf {} +
 	rm -rf build dist *.egg-info .pytest_cache .hypothesis .mypy_cache .ruff_cache .import_linter_cache
 
 # torch is by far the largest: it goes first, so that the rest need not wait for a broken download twice.

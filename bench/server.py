@@ -48,6 +48,11 @@ class Server:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._stop()
 
+    @property
+    def pid(self) -> int:
+        """Of the process whose descendants are all of the server."""
+        return self._process.pid
+
     def _wait_ready(self) -> None:
         until = time.monotonic() + _READY_S
         with CarouselClient(self.target) as client:

@@ -172,6 +172,8 @@ class CarouselClient:
         stop_token_ids: Sequence[int] = (),
         ignore_eos: bool | None = None,
         echo: bool | None = None,
+        logprobs: int | None = None,
+        prompt_logprobs: int | None = None,
         priority: Literal["batch", "normal", "interactive"] | None = None,
         tenant: str | None = None,
         max_time_ms: int | None = None,
@@ -205,7 +207,7 @@ class CarouselClient:
                 stop_token_ids=stop_token_ids,
                 ignore_eos=ignore_eos,
             ),
-            output=generation_pb2.OutputParams(echo=echo),
+            output=generation_pb2.OutputParams(echo=echo, logprobs=logprobs, prompt_logprobs=prompt_logprobs),
             scheduling=generation_pb2.SchedulingParams(tenant=tenant, max_time_ms=max_time_ms, cache_salt=cache_salt),
         )
         if isinstance(prompt, str):

@@ -69,6 +69,12 @@ def carousel() -> None:
     type=click.Choice(["auto", "float32", "bfloat16", "float16"]),
     help="Type of weights and activations. auto: float32 on a CPU, the checkpoint's own on a GPU. [default: auto]",
 )
+@click.option(
+    "--quantization",
+    type=click.Choice(["none", "int8"]),
+    help="int8: weights of 8 bits, on a CPU only; a quarter of the memory and faster, for a small loss of accuracy."
+    " [default: none]",
+)
 @click.option("--host", metavar="ADDRESS", help="Address to listen on; 0.0.0.0: every one. [default: 127.0.0.1]")
 @click.option("--port", type=click.IntRange(0, 65535), metavar="N", help="Port to listen on; 0: a free one. [default: 50051]")
 @click.option(
@@ -162,7 +168,7 @@ def serve(scheduler_options: tuple[str, ...], **options: str | float | tuple[str
     Examples:
       carousel serve --model ./my-checkpoint
       carousel serve --model some-org/some-model --revision main --port 8001
-      carousel serve --model ./my-checkpoint --device cpu --threads 4 --kv-memory-gib 2
+      carousel serve --model ./my-checkpoint --device cpu --threads 2 --kv-memory-gib 2
     """
     arguments: list[str] = []
     for name, value in options.items():
@@ -283,6 +289,10 @@ def _logit_bias(_: click.Context, __: click.Parameter, value: str | None) -> dic
 @click.option("--cache-salt", metavar="TEXT", help="Share cached prompts only with requests of the same salt.")
 @click.option("--timeout", type=click.FloatRange(0, min_open=True), metavar="SECONDS", help="Give up after this time.")
 @click.option("--echo", is_flag=True, default=None, help="Print the prompt too.")
+@click.option(
+    "--logprobs", type=_COUNT, metavar="K", help="With --json: each token's log-probability, and the K likeliest ones; 0 to 20."
+)
+@click.option("--prompt-logprobs", type=_COUNT, metavar="K", help="The same of the prompt's tokens.")
 @click.option("--json", "as_json", is_flag=True, help="Print the stream's events instead, one JSON object a line.")
 @click.option("--stats", is_flag=True, help="Say counts and times on stderr at the end.")
 def generate(

@@ -108,7 +108,8 @@ def size_pool(
     if wish.max_model_len is not None:
         raise SizingError(
             f"one sequence of {length:,} tokens needs {one_sequence:,} blocks ({format_bytes(one_sequence * block_bytes)}), "
-            f"the KV cache has {blocks:,} ({format_bytes(blocks * block_bytes)}): lower --max-model-len or give it more"
+            f"the KV cache has {blocks:,} ({format_bytes(blocks * block_bytes)}): lower --max-model-len to "
+            f"{blocks * block_size:,} or give it more"
         )
     return PoolSize(blocks, block_size, bytes_per_token, blocks * block_size, lowered_from=length)
 

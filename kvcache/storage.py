@@ -9,6 +9,7 @@ moved, m blocks staged at a time.
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections.abc import Iterator
 from typing import Any, cast
@@ -19,6 +20,7 @@ from torch import Tensor
 
 from wire.messages import I32
 
+_ALIGNMENT = 64  # bytes: a cache line, and the widest load
 _STAGE_BYTES = 64 << 20  # blocks on their way: enough to keep the bus busy, little beside the pool
 
 
@@ -27,7 +29,8 @@ class KVStorage:
 
     A block of one head is contiguous. Block 0 is the dump: padding rows write there, and nothing reads it. In host memory,
     where swapped sequences wait, a block is one piece [L, 2, K, S, D], so that it crosses the bus in one copy; ids are 1..C.
-    The memory is written once here, so that a pool which does not fit fails at start-up and not in the middle of a request.
+    On a CPU the system gives the memory piece by piece, as blocks are written for the first time: writing gigabytes of zeros
+    would be most of the time that a worker takes to start, and most of a pool may never be used.
     """
 
     def __init__(
@@ -43,8 +46,8 @@ class KVStorage:
     ) -> None:
         self.num_blocks, self.block_size, self.num_host_blocks = num_blocks, block_size, num_host_blocks
         block = (num_kv_heads, block_size, head_dim)
-        self.layers = [torch.zeros((2, 1 + num_blocks, *block), dtype=dtype, device=device) for _ in range(num_layers)]
-        self._host = torch.zeros((num_host_blocks, num_layers, 2, *block), dtype=dtype)
+        self.layers = [_zeros((2, 1 + num_blocks, *block), dtype, device) for _ in range(num_layers)]
+        self._host = _zeros((num_host_blocks, num_layers, 2, *block), dtype, "cpu")
         if num_host_blocks and torch.device(device).type == "cuda":
             self._pin()
         block_bytes = num_layers * 2 * num_kv_heads * block_size * head_dim * dtype.itemsize
@@ -89,6 +92,16 @@ class KVStorage:
         runtime, address = cast(Any, torch.cuda).cudart(), self._host.data_ptr()
         torch.cuda.check_error(runtime.cudaHostRegister(address, self._host.nbytes, 0))
         weakref.finalize(self, runtime.cudaHostUnregister, address).atexit = False
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str) -> Tensor:
+    """In main memory: in pages that are zero until they are written, large ones where the system has them (numpy asks)."""
+    if torch.device(device).type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    size = math.prod(shape) * dtype.itemsize
+    content = np.zeros(size + _ALIGNMENT, np.uint8)
+    begin = -content.ctypes.data % _ALIGNMENT
+    return torch.from_numpy(content[begin : begin + size]).view(dtype).view(shape)
 
 
 def _runs(ids: I32) -> Iterator[tuple[int, int, int]]:

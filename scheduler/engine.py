@@ -25,6 +25,7 @@ from scheduler.core.explain import explain
 from scheduler.core.observe import block_tables, list_requests, step_record
 from scheduler.core.request import State
 from scheduler.links import Peer, PeerSocket
+from scheduler.logprobs import by_frontend
 from scheduler.process import log_to_stderr, obey_the_supervisor
 from scheduler.recorder import CoreFailureError, Recorded, RecordingFile, Ring
 from wire import (
@@ -41,6 +42,7 @@ from wire import (
     FrontendHello,
     ListQuery,
     LoadQuery,
+    Logprobs,
     Message,
     OutputEnded,
     Refused,
@@ -275,6 +277,8 @@ class Engine:
                 log.warning("peer %d is not the worker of this group: dropped %s", peer.number, type(message).__name__)
             case StepResult():
                 return self._result(message)
+            case Logprobs():
+                return self._logprobs(message)
             case StepFailed(epoch=epoch) if epoch == self.core.epoch and self.core.connected:
                 log.error("step %d failed: %s", message.step_id, message.message)
                 return self._resync()
@@ -326,6 +330,23 @@ class Engine:
         if record is not None:
             self._tell_watchers(msgspec.structs.replace(record, leaves=tuple(leaves)))
         return outputs
+
+    def _logprobs(self, message: Logprobs) -> list[Output]:
+        """They go out before the tokens of their step do."""
+        core, header = self.core, message.header
+        if header.epoch != core.epoch or not core.in_flight:
+            return []
+        try:
+            if header.step_id != core.in_flight[0].step_id:
+                raise ProtocolError(f"log-probabilities of step {header.step_id}, which was not the next one in flight")
+            told = by_frontend(message, core.reader, core.rows.max_rows)
+        except ProtocolError as error:
+            log.error("the worker's mirror is out of step: %s", error)
+            return self._resync()
+        for frontend, part in told.items():
+            if (peer := self._by_number.get(frontend)) is not None:
+                self._frontends.send(peer, part)
+        return []
 
     def _record_of(self, result: StepResult) -> StepRecord | None:
         """Before the result is applied; who leaves is added afterwards."""

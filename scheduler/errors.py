@@ -60,8 +60,8 @@ class UnsupportedFieldError(RequestError):
 
     status = "UNIMPLEMENTED"
 
-    def __init__(self, field: str) -> None:
-        super().__init__(f"{field} is not supported by this server", field=field)
+    def __init__(self, field: str, by: str = "by this server") -> None:
+        super().__init__(f"{field} is not supported {by}", field=field)
 
 
 class UnavailableError(RequestError):

@@ -32,6 +32,12 @@ from scheduler.core.config import TenantLimits
     default="auto",
     help="auto: float32 on a CPU, the checkpoint's own on a GPU.",
 )
+@click.option(
+    "--quantization",
+    type=click.Choice(["none", "int8"]),
+    default="none",
+    help="int8: weights of 8 bits, on a CPU only; a quarter of the memory, and faster.",
+)
 @click.option("--host", default="127.0.0.1", help="Address to listen on.")
 @click.option("--port", type=click.IntRange(0, 65535), default=50051, help="Port to listen on; 0: any free one.")
 @click.option("--frontends", type=click.IntRange(1, 64), default=1, help="Front-end processes that share the port.")
@@ -111,6 +117,7 @@ def serve_command(**options: object) -> int:
 _WORKER_OPTIONS = (
     "device",
     "dtype",
+    "quantization",
     "max_model_len",
     "block_size",
     "num_blocks",

@@ -9,6 +9,7 @@ from kvcache.sizing import GIB, Wish
 
 DEVICES = ("auto", "cpu", "cuda", "sim")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+QUANTIZATIONS = ("none", "int8")  # of the matrices that are multiplied with
 
 
 class ConfigError(Exception):
@@ -37,6 +38,7 @@ class WorkerConfig:
     revision: str | None = None
     device: str = "auto"
     dtype: str = "auto"
+    quantization: str = "none"
     max_model_len: int | None = None  # tokens; None: the model's, or what the memory holds
     block_size: int = 16  # tokens
     num_blocks: int | None = None
@@ -56,6 +58,9 @@ class WorkerConfig:
         check("://" in self.connect, f"--connect {self.connect}: a ZeroMQ address such as ipc:///path or tcp://host:port")
         check(self.device in DEVICES, f"--device {self.device}: one of {', '.join(DEVICES)}")
         check(self.dtype in DTYPES, f"--dtype {self.dtype}: one of {', '.join(DTYPES)}")
+        check(self.quantization in QUANTIZATIONS, f"--quantization {self.quantization}: one of {', '.join(QUANTIZATIONS)}")
+        only_cpu = f"--quantization {self.quantization} is for --device cpu, not for --device {self.device}"
+        check(self.quantization == "none" or self.device in ("auto", "cpu"), only_cpu)
         check(self.model is not None or self.device == "sim", "--model is missing: a checkpoint directory or a hub id")
         check(self.max_model_len is None or self.max_model_len >= 2, f"--max-model-len {self.max_model_len}: 2 at least")
         check(1 <= self.block_size <= 256, f"--block-size {self.block_size}: 1 to 256")

@@ -8,9 +8,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Protocol, TypeAlias
 
-from wire.messages import StepFailed, StepPlan, StepResult, WorkerFacts
+from wire.messages import Logprobs, StepFailed, StepPlan, StepResult, WorkerFacts
 
-Deliver: TypeAlias = Callable[[StepResult | StepFailed], None]
+Answer: TypeAlias = Logprobs | StepResult | StepFailed
+Deliver: TypeAlias = Callable[[Answer], None]
 
 _LONGEST_MESSAGE = 400  # characters of a StepFailed
 
@@ -23,7 +24,8 @@ class Executor(Protocol):
 
     def submit(self, plan: StepPlan, deliver: Deliver) -> None:
         """Computes one step and hands its result, or why there is none, to `deliver`: once per plan, in the order of the
-        plans, here and now or later from a thread of the executor's own. After a StepFailed only reset() is of use."""
+        plans, here and now or later from a thread of the executor's own; before the result, the log-probabilities that were
+        asked for. After a StepFailed only reset() is of use."""
 
     def close(self) -> None:
         """Gives back memory and threads."""

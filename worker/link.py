@@ -13,8 +13,8 @@ from collections.abc import Sequence
 
 import zmq
 
-from wire import Probe, StepFailed, StepPlan, StepResult, Welcome, WireError, WorkerHello, decode, encode
-from worker.executor import Executor
+from wire import Probe, StepFailed, StepPlan, Welcome, WireError, WorkerHello, decode, encode
+from worker.executor import Answer, Executor
 
 log = logging.getLogger(__name__)
 
@@ -32,7 +32,7 @@ class Link:
         self._core.setsockopt(zmq.LINGER, 0)
         self._core.setsockopt(zmq.SNDHWM, 0)  # what waits here is at most one answer per plan
         self._connections = self._core.get_monitor_socket(zmq.EVENT_HANDSHAKE_SUCCEEDED)
-        self._left_here: deque[StepResult | StepFailed | None] = deque()  # by other threads; None: stop
+        self._left_here: deque[Answer | None] = deque()  # by other threads; None: stop
         self._bell, self._bell_button = self._context.socket(zmq.PAIR), self._context.socket(zmq.PAIR)
         self._bell.bind("inproc://bell")
         self._bell_button.connect("inproc://bell")
@@ -88,19 +88,19 @@ class Link:
             case _:
                 log.warning("dropped a %s that a worker has no use for", type(message).__name__)
 
-    def _deliver(self, answer: StepResult | StepFailed) -> None:
+    def _deliver(self, answer: Answer) -> None:
         if threading.get_ident() == self._thread:
             self._answer(answer)
         else:
             self._leave(answer)
 
-    def _leave(self, answer: StepResult | StepFailed | None) -> None:
+    def _leave(self, answer: Answer | None) -> None:
         self._left_here.append(answer)
         with self._bell_lock:
             self._bell_button.send(b"")
 
-    def _answer(self, answer: StepResult | StepFailed) -> None:
-        epoch = answer.header.epoch if isinstance(answer, StepResult) else answer.epoch
+    def _answer(self, answer: Answer) -> None:
+        epoch = answer.epoch if isinstance(answer, StepFailed) else answer.header.epoch
         if epoch != self._epoch:
             return
         self._core.send_multipart(encode(answer))

@@ -20,7 +20,7 @@ import zmq
 
 from kvcache.sizing import SizingError
 from worker import model_files
-from worker.config import DEVICES, DTYPES, ConfigError, SimConfig, WorkerConfig
+from worker.config import DEVICES, DTYPES, QUANTIZATIONS, ConfigError, SimConfig, WorkerConfig
 from worker.executor import Executor, one_line
 from worker.link import Link
 from worker.model_config import ModelError
@@ -47,6 +47,12 @@ def parse(arguments: Sequence[str]) -> tuple[WorkerConfig, str]:
         "--device", default="auto", choices=DEVICES, help="auto: cuda if there is one, else cpu; sim: no model, invented tokens"
     )
     add("--dtype", default="auto", choices=DTYPES, help="auto: float32 on a CPU, the checkpoint's own on a GPU")
+    add(
+        "--quantization",
+        default="none",
+        choices=QUANTIZATIONS,
+        help="int8: weights of 8 bits, on a CPU only [none]",
+    )
     add("--max-model-len", type=int, metavar="N", help="tokens of prompt and output together [the model's]")
     add("--block-size", type=int, default=16, metavar="N", help="tokens of one KV-cache block [16]")
     add("--num-blocks", type=int, metavar="N", help="blocks of the KV cache [what the memory allows]")
@@ -59,7 +65,7 @@ def parse(arguments: Sequence[str]) -> tuple[WorkerConfig, str]:
     )
     add("--max-batch-rows", type=int, default=64, metavar="N", help="sequences in the batch [64]")
     add("--max-step-tokens", type=int, default=512, metavar="N", help="tokens of the largest step [512]")
-    add("--threads", type=int, metavar="N", help="threads on a CPU [one per core]")
+    add("--threads", type=int, metavar="N", help="threads on a CPU, no more than it has processors [one per core]")
     add("--group", type=int, default=0, metavar="N", help="worker group [0]")
     add("--sim-base-ns", type=int, default=0, metavar="NS", help="simulated time of any step [0]")
     add("--sim-per-row-ns", type=int, default=0, metavar="NS", help="… of each row [0]")

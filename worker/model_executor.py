@@ -6,8 +6,11 @@ and the executor can go on after reset().
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import logging
 import os
+import platform
 import statistics
 import time
 from pathlib import Path
@@ -20,20 +23,22 @@ from kvcache.sizing import (
     CUDA_SHARE,
     DEFAULT_CPU_BYTES,
     PoolSize,
+    SizingError,
     available_memory,
     format_bytes,
     size_host_pool,
     size_pool,
 )
 from kvcache.storage import KVStorage
-from wire import PlanHeader, ResultHeader, SamplingSpec, SequenceStart, StepFailed, StepPlan, StepResult, WorkerFacts
+from wire import PlanHeader, ResultHeader, SamplingSpec, SequenceStart, StepPlan, StepResult, WorkerFacts
 from wire.messages import I32
 from worker import attention
 from worker.batch import build
 from worker.config import ConfigError, WorkerConfig
-from worker.executor import Deliver, failure
+from worker.executor import Answer, Deliver, failure
+from worker.logprobs import OfDraws, Told, of_prompts
 from worker.model_config import LongRope, ModelConfig
-from worker.models import Model, load_model
+from worker.models import Model, footprint, load_model
 from worker.sampler import sample
 from worker.sequences import PlanError, Sequences, StepRows
 
@@ -58,10 +63,14 @@ class ModelExecutor:
         threads = _set_threads(config.threads) if device.type == "cpu" else 0
         wished = ModelConfig.read(model_dir, config.max_model_len)
         dtype = _dtype(config.dtype, device, wished)
-        model, shape = load_model(model_dir, dtype, device, wished.max_model_len)
-        pool = _size_pool(config, shape, dtype, device)
-        if pool.lowered_from is not None and isinstance(shape.rope, LongRope):
-            model, shape = load_model(model_dir, dtype, device, pool.max_model_len)  # its angles depend on the length
+        _check_quantization(config, device)
+        _check_memory(config, model_dir, wished, dtype, device)
+        model, shape = load_model(model_dir, dtype, device, wished.max_model_len, config.quantization)
+        pool = _size_pool(config, shape, dtype, device, _available(device))
+        if pool.lowered_from is not None and isinstance(shape.rope, LongRope):  # its angles depend on the length
+            del model
+            model, shape = load_model(model_dir, dtype, device, pool.max_model_len, config.quantization)
+        _release_freed_memory()
         host_blocks = _host_blocks(config, pool, device)
         sizes = (shape.num_layers, pool.num_blocks, shape.num_kv_heads, pool.block_size, shape.head_dim)
         kv = KVStorage(*sizes, dtype, device, host_blocks)
@@ -74,40 +83,47 @@ class ModelExecutor:
         self._sequences.reset()
 
     def submit(self, plan: StepPlan, deliver: Deliver) -> None:
-        deliver(self._answer(plan))
+        for answer in self._answers(plan):
+            deliver(answer)
 
     def close(self) -> None:
         del self._model, self._kv
 
-    def _answer(self, plan: StepPlan) -> StepResult | StepFailed:
+    def _answers(self, plan: StepPlan) -> list[Answer]:
         began = time.perf_counter_ns()
         try:
-            rows, tokens = self._step(plan)
+            rows, tokens, told = self._step(plan)
         except PlanError as error:
             log.error("step %d: %s", plan.header.step_id, error)
-            return failure(plan, error)
+            return [failure(plan, error)]
         except Exception as error:
             log.exception("step %d failed", plan.header.step_id)
             if self._device.type == "cuda":
                 torch.cuda.empty_cache()
-            return failure(plan, error)
+            return [failure(plan, error)]
         header = ResultHeader(plan.header.group, plan.header.epoch, plan.header.step_id, time.perf_counter_ns() - began)
-        return StepResult(header, tokens, rows.sampled_slots.astype(np.uint16))
+        result = StepResult(header, tokens, rows.sampled_slots.astype(np.uint16))
+        logprobs = told.message(plan)
+        return [result] if logprobs is None else [logprobs, result]
 
     @torch.inference_mode()
-    def _step(self, plan: StepPlan) -> tuple[StepRows, I32]:
+    def _step(self, plan: StepPlan) -> tuple[StepRows, I32, Told]:
+        told = Told()
         rows = self._sequences.apply(plan)
         self._move_blocks(plan)
         if not len(rows.slots):
-            return rows, np.empty(0, np.int32)
+            return rows, np.empty(0, np.int32), told
         batch = build(self._sequences, rows, self._device)
         hidden_TC = self._model.forward(batch.input_ids, batch.positions, self._attention, self._kv, batch.attention)
+        of_prompts(told, self._sequences, rows, hidden_TC, self._model.logits)
         if not len(rows.drawing):
-            return rows, np.empty(0, np.int32)
+            return rows, np.empty(0, np.int32), told
         logits_NV = self._model.logits(hidden_TC[batch.drawing])
+        of_draws = OfDraws(self._sequences, rows, logits_NV)
         tokens = sample(logits_NV, self._sequences.sampling(rows))[: rows.num_sampled]
+        of_draws.tell(told, rows, tokens)
         self._sequences.feed(rows, tokens)
-        return rows, tokens
+        return rows, tokens, told
 
     def _move_blocks(self, plan: StepPlan) -> None:
         if len(plan.swap_out_blocks):
@@ -137,8 +153,14 @@ def _device(name: str) -> torch.device:
 
 
 def _set_threads(wished: int | None) -> int:
-    """torch's own choice, one per core that this process may run on, but no more than a container's quota."""
-    threads = wished or min(torch.get_num_threads(), _cpu_quota() or torch.get_num_threads())
+    """torch's own choice, one per core that this process may run on, but no more than a container's quota. More threads than
+    processors wait for each other in every product, so a wish for them is refused."""
+    there_are = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    there_are = min(there_are, _cpu_quota() or there_are)
+    if wished is not None and wished > there_are:
+        processors = "1 processor" if there_are == 1 else f"{there_are} processors"
+        raise ConfigError(f"--threads {wished}: this process may use {processors}: {there_are} at most")
+    threads = wished or min(torch.get_num_threads(), there_are)
     torch.set_num_threads(threads)
     return threads
 
@@ -161,14 +183,64 @@ def _dtype(name: str, device: torch.device, shape: ModelConfig) -> torch.dtype:
     return getattr(torch, name)
 
 
-def _size_pool(config: WorkerConfig, shape: ModelConfig, dtype: torch.dtype, device: torch.device) -> PoolSize:
+def _check_quantization(config: WorkerConfig, device: torch.device) -> None:
+    what = f"--quantization {config.quantization}"
+    if config.quantization == "none":
+        return
+    if device.type != "cpu":
+        raise ConfigError(f"{what} is for a CPU, and --device {config.device} found a GPU: add --device cpu")
+    if not torch.backends.mkldnn.is_available():
+        raise ConfigError(f"{what}: this torch comes without oneDNN, which multiplies the integers")
+
+
+def _check_memory(config: WorkerConfig, model_dir: Path, shape: ModelConfig, dtype: torch.dtype, device: torch.device) -> None:
+    """Before anything is read: a model that would not fit, or leaves too little for the KV cache that was asked for, is refused
+    with what it needs and what would help. Raises SizingError."""
+    there_is, needed = _available(device), footprint(model_dir, dtype, config.quantization)
+    if (needed.peak if device.type == "cpu" else needed.resident) > there_is:  # only a CPU packs them
+        raise SizingError(
+            f"the weights need {format_bytes(needed.resident)} in {_weights_name(dtype, config.quantization)}, and "
+            f"{format_bytes(needed.peak)} while they are loaded; {format_bytes(there_is)} are available: "
+            + _smaller_weights(model_dir, dtype, device, config.quantization, there_is)
+        )
+    try:
+        _size_pool(config, shape, dtype, device, there_is - needed.resident)
+    except SizingError as error:
+        raise SizingError(
+            f"{error} (of {format_bytes(there_is)} that are available, the weights take {format_bytes(needed.resident)})"
+        ) from None
+
+
+def _smaller_weights(model_dir: Path, dtype: torch.dtype, device: torch.device, quantization: str, there_is: int) -> str:
+    """Which options would make them fit."""
+    others = [("--quantization int8", dtype, "int8")] if device.type == "cpu" and quantization == "none" else []
+    if dtype.itemsize > 2:
+        others.append(("--dtype bfloat16", torch.bfloat16, quantization))
+    needed = {option: footprint(model_dir, *settings).peak for option, *settings in others}
+    fitting = [f"{option} would need {format_bytes(count)}" for option, count in needed.items() if count <= there_is]
+    return ", ".join(fitting) or "free some, or take a smaller model"
+
+
+def _available(device: torch.device) -> int:
+    return available_memory() if device.type == "cpu" else torch.cuda.mem_get_info(device)[0]
+
+
+def _release_freed_memory() -> None:
+    """Loading frees many pieces between those that stay, which glibc keeps for later: a twentieth of the weights."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+def _size_pool(
+    config: WorkerConfig, shape: ModelConfig, dtype: torch.dtype, device: torch.device, available_bytes: int
+) -> PoolSize:
     on_cpu = device.type == "cpu"
     return size_pool(
         bytes_per_token=shape.kv_bytes_per_token(dtype.itemsize),
         block_size=config.block_size,
         model_len=shape.max_model_len,
         max_batch_rows=config.max_batch_rows,
-        available_bytes=available_memory() if on_cpu else torch.cuda.mem_get_info(device)[0],
+        available_bytes=available_bytes,
         share=CPU_SHARE if on_cpu else CUDA_SHARE,
         default_bytes=DEFAULT_CPU_BYTES if on_cpu else None,
         wish=config.wish,
@@ -199,6 +271,23 @@ def _swap_block_ns(kv: KVStorage, device: torch.device) -> int:
     return max(1, int(statistics.median(rounds[1:])) // (2 * count))  # the first one warms up
 
 
+def _weights_name(dtype: torch.dtype, quantization: str) -> str:
+    name = str(dtype).removeprefix("torch.")
+    return name if quantization == "none" else f"{name} with {quantization} weights"
+
+
+def _lacking() -> str:
+    """Instructions that would make steps shorter, and this processor has not; empty when it has them all."""
+    if platform.machine() not in ("x86_64", "AMD64"):
+        return ""
+    there_is = {
+        "AVX512": torch.backends.cpu.get_cpu_capability() == "AVX512",
+        "VNNI": torch.cpu._is_vnni_supported(),  # products of 8-bit integers
+    }
+    lacking = [name for name, has in there_is.items() if not has]
+    return f", without {' and '.join(lacking)}" if lacking else ""
+
+
 def _facts(
     config: WorkerConfig,
     shape: ModelConfig,
@@ -209,14 +298,14 @@ def _facts(
     threads: int,
     num_parameters: int,
 ) -> WorkerFacts:
-    dtype_name = str(dtype).removeprefix("torch.")
-    where = f"cpu ({threads} threads)" if device.type == "cpu" else torch.cuda.get_device_name(device)
+    dtype_name, weights = str(dtype).removeprefix("torch."), _weights_name(dtype, config.quantization)
+    where = f"cpu ({threads} threads{_lacking()})" if device.type == "cpu" else torch.cuda.get_device_name(device)
     swap = f", {format_bytes(kv.num_host_blocks * pool.block_bytes)} of host memory to swap to" if kv.num_host_blocks else ""
     size = f"{num_parameters / 1e9:.2f} B" if num_parameters >= 1e9 else f"{num_parameters / 1e6:.1f} M"
     return WorkerFacts(
         device=device.type,
         pid=os.getpid(),
-        description=f"{shape.architecture}, {size} parameters in {dtype_name} on {where}; KV cache {pool}{swap}",
+        description=f"{shape.architecture}, {size} parameters in {weights} on {where}; KV cache {pool}{swap}",
         architecture=shape.architecture,
         dtype=dtype_name,
         vocab_size=shape.vocab_size,

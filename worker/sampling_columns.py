@@ -67,6 +67,8 @@ class SamplingColumns:
         self.repetition_penalty = np.ones(rows, np.float32)
         self.presence_penalty = np.zeros(rows, np.float32)
         self.frequency_penalty = np.zeros(rows, np.float32)
+        self.logprobs = np.full(rows, -1, np.int32)  # most likely tokens to tell of, −1: nothing is told
+        self.prompt_logprobs = np.full(rows, -1, np.int32)
         # Lists of token ids, −1 past a list's end; they widen as longer ones come.
         self.stop_token_ids: I32 = np.full((rows, 4), -1, np.int32)  # [S, W]
         self.bias_token_ids: I32 = np.full((rows, 4), -1, np.int32)  # [S, W]
@@ -82,6 +84,8 @@ class SamplingColumns:
         self.repetition_penalty[slot] = spec.repetition_penalty
         self.presence_penalty[slot] = spec.presence_penalty
         self.frequency_penalty[slot] = spec.frequency_penalty
+        self.logprobs[slot] = spec.logprobs
+        self.prompt_logprobs[slot] = spec.prompt_logprobs
         # A token beyond the vocabulary can't be drawn: nothing to mask, nothing to add to.
         self.stop_token_ids = _listed(self.stop_token_ids, slot, [t for t in spec.stop_token_ids if self._exists(t)], -1)
         biased = {token: bias for token, bias in spec.logit_bias if self._exists(token)}

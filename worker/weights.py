@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -87,6 +88,7 @@ class Checkpoint:
         return self._stack(parts, rest, self.dtype)
 
     def _stack(self, parts: Mapping[str, int], rest: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """The tensors of `parts` in `dtype`, one below the other, copied out of the files."""
         stored = [self._read(name, (rows, *rest)) for name, rows in parts.items()]  # mapped, not in memory yet
         whole = torch.empty(sum(parts.values()), *rest, dtype=dtype, device=self.device)
         self.num_parameters += whole.numel()
@@ -142,6 +144,52 @@ class Checkpoint:
         if path not in self._files:
             self._files[path] = _open(path)
         return self._files[path]
+
+
+class Outline(Checkpoint):
+    """Weights without content: a model that is put together with them takes no memory, and they say what it would take."""
+
+    def __init__(self, model_dir: Path, dtype: torch.dtype | str | None) -> None:
+        super().__init__(model_dir, "meta", dtype)
+        self._matrices: list[tuple[int, int]] = []  # outputs, inputs
+        self._other_bytes = 0
+
+    def stack(self, parts: Mapping[str, int], *rest: int) -> Tensor:
+        if len(rest) != 1:
+            return super().stack(parts, *rest)
+        self._matrices.append((sum(parts.values()), rest[0]))
+        return torch.empty(self._matrices[-1], dtype=self.dtype, device=self.device)
+
+    def same(self, name: str, tensor: Tensor) -> None:
+        self._matrices.append((tensor.shape[0], tensor.shape[1]))  # it is multiplied with too
+
+    def _stack(self, parts: Mapping[str, int], rest: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        whole = torch.empty(sum(parts.values()), *rest, dtype=dtype, device=self.device)
+        self._other_bytes += whole.nbytes
+        return whole
+
+    def footprint(self, quantization: str) -> Footprint:
+        """Of the model that was put together, if its matrices were quantized so."""
+        whole = [outputs * inputs * self.dtype.itemsize for outputs, inputs in self._matrices]
+        if quantization == "none":
+            return Footprint(self._other_bytes + sum(whole), max(whole))
+        packed = [outputs * (inputs + _INT8_ROW_BYTES) for outputs, inputs in self._matrices]
+        return Footprint(self._other_bytes + sum(packed), max(map(sum, zip(whole, packed, strict=True))))
+
+
+@dataclass(frozen=True, slots=True)
+class Footprint:
+    """Bytes of main memory."""
+
+    resident: int  # packed matrices, and tables and vectors as they are
+    passing: int  # beside them at most, while they are loaded: a matrix before it is packed
+
+    @property
+    def peak(self) -> int:
+        return self.resident + self.passing
+
+
+_INT8_ROW_BYTES = 8  # scale and zero, of each row of a quantized matrix
 
 
 def _tensor_files(model_dir: Path) -> dict[str, Path]:

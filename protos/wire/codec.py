@@ -23,6 +23,7 @@ _Headers = (
     | messages.Probe
     | messages.PlanHeader
     | messages.ResultHeader
+    | messages.LogprobsHeader
     | messages.StepFailed
     | messages.FrontendHello
     | messages.Facts

@@ -5,9 +5,9 @@ A message is a small typed header (msgspec) and, where there is something per ro
 G blocks appended, T tokens, B blocks, N sampled rows, F full blocks of a prompt, C copies of blocks.
 
 Three links use them:
-  worker → core   WorkerHello, StepResult, StepFailed            core → worker      Welcome, StepPlan, Probe
+  worker → core   WorkerHello, Logprobs, StepResult, StepFailed  core → worker      Welcome, StepPlan, Probe
   front end → core  FrontendHello, AddRequest, AbortRequest, TruncateRequest, Credit, WatchSteps, and the queries
-  core → front end  Facts, Refused, TokenBatch, StepRecord, Probe, and the replies to queries
+  core → front end  Facts, Refused, Logprobs, TokenBatch, StepRecord, Probe, and the replies to queries
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ U8: TypeAlias = NDArray[np.uint8]
 U16: TypeAlias = NDArray[np.uint16]
 I32: TypeAlias = NDArray[np.int32]
 U32: TypeAlias = NDArray[np.uint32]
+F32: TypeAlias = NDArray[np.float32]
 
 
 # Shared by all messages that leave an array out; nothing can be written to an empty array.
@@ -33,6 +34,7 @@ _NO_U8: U8 = np.empty(0, np.uint8)
 _NO_U16: U16 = np.empty(0, np.uint16)
 _NO_I32: I32 = np.empty(0, np.int32)
 _NO_U32: U32 = np.empty(0, np.uint32)
+_NO_F32: F32 = np.empty(0, np.float32)
 
 
 def _u8() -> U8:
@@ -49,6 +51,10 @@ def _i32() -> I32:
 
 def _u32() -> U32:
     return _NO_U32
+
+
+def _f32() -> F32:
+    return _NO_F32
 
 
 class Header(msgspec.Struct, array_like=True):
@@ -110,6 +116,8 @@ class SamplingSpec(Header):
     presence_penalty: float = 0.0  # [-2, 2]. Of tokens in the output
     frequency_penalty: float = 0.0  # [-2, 2]. Of tokens in the output, times their count
     logit_bias: tuple[tuple[int, float], ...] = ()  # (token id, what is added to its logit)
+    logprobs: int = -1  # so many most likely tokens are told of each drawn token, besides itself; -1: nothing is
+    prompt_logprobs: int = -1  # the same of each prompt token that is computed
 
 
 class SequenceStart(Header):
@@ -200,6 +208,35 @@ class StepResult:
 
     HEADER: ClassVar[type[Header]] = ResultHeader
     ARRAYS: ClassVar[tuple[tuple[str, str], ...]] = (("tokens", "<i4"), ("slots", "<u2"))
+
+
+class LogprobRun(Header):
+    """Of `num_tokens` tokens of one sequence: its own log-probability, then those of the `num_best` most likely, best first."""
+
+    row: int  # the slot; to a front end, the output's handle
+    position: int  # of the first token, in the sequence
+    num_tokens: int
+    num_best: int
+
+
+class LogprobsHeader(Header, tag="logprobs"):
+    group: int
+    epoch: int
+    step_id: int
+    runs: tuple[LogprobRun, ...]
+
+
+@dataclass(slots=True)
+class Logprobs:
+    """What some rows of a step asked for beyond their tokens; sent before them. The runs' entries, one run after the other,
+    (1 + num_best) for each token."""
+
+    header: LogprobsHeader
+    logprobs: F32 = field(default_factory=_f32)  # [X] natural logarithms
+    token_ids: I32 = field(default_factory=_i32)  # [X]
+
+    HEADER: ClassVar[type[Header]] = LogprobsHeader
+    ARRAYS: ClassVar[tuple[tuple[str, str], ...]] = (("logprobs", "<f4"), ("token_ids", "<i4"))
 
 
 class StepFailed(Header, tag="step_failed"):
@@ -574,6 +611,7 @@ Message: TypeAlias = (
     | Probe
     | StepPlan
     | StepResult
+    | Logprobs
     | StepFailed
     | FrontendHello
     | Facts
@@ -600,5 +638,5 @@ Message: TypeAlias = (
 )
 
 WITH_ARRAYS: dict[type[Header], Any] = {
-    cls.HEADER: cls for cls in (StepPlan, StepResult, AddRequest, Credit, TokenBatch, BlockTablesReply)
+    cls.HEADER: cls for cls in (StepPlan, StepResult, Logprobs, AddRequest, Credit, TokenBatch, BlockTablesReply)
 }

@@ -668,6 +668,12 @@ class Core:
         held = slot >= 0 and self.rows.sequences[slot] is sequence
         return int(self.rows.num_outputs[slot]) if held else len(sequence.outputs)
 
+    def reader(self, slot: int) -> tuple[int, int] | None:
+        """(front end, handle) of whom the next result of this row goes to; None: nobody wants it any more."""
+        if self.rows.state[slot] not in (RUNNING, PREEMPTED):
+            return None
+        return int(self.rows.frontend[slot]), int(self.rows.handle[slot])
+
     def starts_now(self, slot: int) -> bool:
         """Whether the row starts with the plan being made: what it copies is nobody's source yet."""
         return slot in self._starts

@@ -37,6 +37,7 @@ from wire import (
     ListReply,
     LoadQuery,
     LoadReply,
+    Logprobs,
     Message,
     Probe,
     Refused,
@@ -284,6 +285,8 @@ class CoreLink:
         match message:
             case TokenBatch():
                 self._tokens(message)
+            case Logprobs():
+                self._logprobs(message)
             case Facts():
                 self.facts = message
                 self.facts_changed.set()
@@ -317,6 +320,16 @@ class CoreLink:
             outlet = outlets.pop(handle, None)
             if outlet is not None:
                 outlet.end(end)
+
+    def _logprobs(self, message: Logprobs) -> None:
+        at = 0
+        for run in message.header.runs:
+            end = at + run.num_tokens * (1 + run.num_best)
+            outlet = self._outlets.get(run.row)
+            if outlet is not None:
+                shape = (run.num_tokens, 1 + run.num_best)
+                outlet.tell(run.position, message.logprobs[at:end].reshape(shape), message.token_ids[at:end].reshape(shape))
+            at = end
 
     def _refused(self, refused: Refused) -> None:
         outlet = self._outlets.get(refused.handle)

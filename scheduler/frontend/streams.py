@@ -10,11 +10,15 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Protocol, TypeAlias
 
 from scheduler.errors import RequestError
 from scheduler.frontend.output import Output
 from wire import OutputEnded
+from wire.messages import F32, I32
+
+# Of one token: log-probabilities and the ids that they are of, its own first, then the most likely ones.
+Told: TypeAlias = tuple[list[float], list[int]]
 
 
 class ToCore(Protocol):
@@ -28,7 +32,18 @@ class ToCore(Protocol):
 class Outlet:
     """One output of a request; the core knows it by its handle."""
 
-    __slots__ = ("_num_reported", "_truncated", "ended", "handle", "index", "is_fresh", "num_received", "output", "stream")
+    __slots__ = (
+        "_num_reported",
+        "_truncated",
+        "ended",
+        "handle",
+        "index",
+        "is_fresh",
+        "logprobs",
+        "num_received",
+        "output",
+        "stream",
+    )
 
     def __init__(self, stream: Stream, index: int, output: Output) -> None:
         self.index = index
@@ -38,6 +53,7 @@ class Outlet:
         self.num_received = 0  # tokens, also those that are held back or left out
         self.is_fresh = False  # the writer has not seen what is new
         self._num_reported = 0  # of these, reported to the core as accepted
+        self.logprobs: dict[int, Told] = {}  # of tokens that did not go out yet, by their place in the output
         self.stream = stream
         self._truncated = False
 
@@ -54,6 +70,15 @@ class Outlet:
             self._truncated = True
             core.truncate(self.handle, self.output.num_tokens)
         self.stream.put(self)
+
+    def tell(self, position: int, logprobs: F32, token_ids: I32) -> None:
+        """Of the tokens at `position` of the sequence and behind it. What is told twice, after a recompute, is the same."""
+        entries = zip(logprobs.tolist(), token_ids.tolist(), strict=True)
+        for i, told in enumerate(entries, position - self.stream.num_prompt):
+            if i < 0:
+                self.stream.prompt_logprobs[i + self.stream.num_prompt] = told
+            else:
+                self.logprobs[i] = told
 
     def end(self, ended: OutputEnded) -> None:
         self.output.finish()
@@ -72,7 +97,9 @@ class Outlet:
 class Stream:
     """A request, alive from its AddRequest until all its outputs have ended, it is refused, or its handler ends."""
 
-    def __init__(self, outputs: Sequence[Output], include_stop: bool) -> None:
+    def __init__(self, outputs: Sequence[Output], include_stop: bool, num_prompt: int = 0) -> None:
+        self.num_prompt = num_prompt  # tokens
+        self.prompt_logprobs: dict[int, Told] = {}  # by position
         self.outlets = [Outlet(self, index, output) for index, output in enumerate(outputs)]
         self.include_stop = include_stop
         self._fresh: deque[Outlet] = deque()  # whose turn it is with the writer

@@ -55,7 +55,6 @@ def check_options(request: pb.GenerateRequest, limits: WorkerFacts, defaults: Mo
     _check_prompt_size(request, limits)
     stopping, scheduling = request.stopping, request.scheduling
     max_tokens, stop = _max_tokens(stopping, limits), _stop_strings(stopping)
-    _check_output(request.output)
     _check_scheduling(scheduling)
     if stopping.min_tokens > (max_tokens or limits.max_model_len):
         raise InvalidFieldError("stopping.min_tokens", f"must be at most max_tokens, {max_tokens or limits.max_model_len}")
@@ -141,6 +140,8 @@ def _sampling(request: pb.GenerateRequest, limits: WorkerFacts, defaults: ModelD
         presence_penalty=_float(params, "presence_penalty", -2, 2, 0),
         frequency_penalty=_float(params, "frequency_penalty", -2, 2, 0),
         logit_bias=_bias(params, limits),
+        logprobs=_logprobs(request.output, "logprobs", limits),
+        prompt_logprobs=_logprobs(request.output, "prompt_logprobs", limits),
     )
 
 
@@ -198,17 +199,16 @@ def _stop_strings(stopping: pb.StoppingParams) -> tuple[str, ...]:
     return tuple(stopping.stop)
 
 
-def _check_output(output: pb.OutputParams) -> None:
-    if output.HasField("logprobs"):
-        _check_logprobs("output.logprobs", output.logprobs)
-    if output.HasField("prompt_logprobs"):
-        _check_logprobs("output.prompt_logprobs", output.prompt_logprobs)
-
-
-def _check_logprobs(field: str, value: int) -> None:
+def _logprobs(output: pb.OutputParams, name: Literal["logprobs", "prompt_logprobs"], limits: WorkerFacts) -> int:
+    """How many to tell of each token; −1: nothing."""
+    if not output.HasField(name):
+        return -1
+    value: int = getattr(output, name)
     if value > MAX_LOGPROBS:
-        raise InvalidFieldError(field, f"must be at most {MAX_LOGPROBS}, not {value}")
-    raise UnsupportedFieldError(field)
+        raise InvalidFieldError(f"output.{name}", f"must be at most {MAX_LOGPROBS}, not {value}")
+    if limits.device == "sim":
+        raise UnsupportedFieldError(f"output.{name}", "by a simulated worker, which has no model")
+    return value
 
 
 def _check_scheduling(scheduling: pb.SchedulingParams) -> None:

@@ -41,7 +41,7 @@ def lint(folder: Path) -> subprocess.CompletedProcess[str]:
 def tree(tmp_path: Path) -> Path:
     """A copy of our packages, to spoil."""
     for package in ("bench", "client", "kvcache", "scheduler", "worker", "protos"):
-        shutil.copytree(ROOT / package, tmp_path / package, ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"))
+        shutil.copytree(ROOT / package, tmp_path / package, ignore=shutil.ignore_patterns("__pycache__", "*.egg-info", ".envs"))
     shutil.copy(ROOT / "pyproject.toml", tmp_path)
     return tmp_path
 

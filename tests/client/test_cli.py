@@ -198,7 +198,7 @@ def test_options_reach_the_request(server):
     options = "--token-ids 1,2,3 --max-tokens 9 --temperature 0 --top-k 4 --top-p 0.5 --min-p 0.25 --seed 7"
     options += " --repetition-penalty 1.5 --presence-penalty -1 --frequency-penalty 0.5 --logit-bias 11:-100,42:2.5"
     options += " --num-outputs 2 --tenant team-a --max-time-ms 900 --on-timeout partial --cache-salt s --priority batch"
-    done = generate(server, *options.split(), "--stop", "a", "--stop", "b", "--ignore-eos", "--echo")
+    done = generate(server, *options.split(), "--stop", "a", "--stop", "b", "--ignore-eos", "--echo", "--logprobs", "0")
     assert done.returncode == 0
     request = server.requests.get(timeout=WAIT_S)
     assert list(request.token_ids.ids) == [1, 2, 3]
@@ -208,6 +208,7 @@ def test_options_reach_the_request(server):
     assert (sampling.repetition_penalty, sampling.presence_penalty, sampling.frequency_penalty) == (1.5, -1, 0.5)
     assert request.stopping.max_tokens == 9 and request.stopping.ignore_eos and list(request.stopping.stop) == ["a", "b"]
     scheduling = request.scheduling
+    assert request.output.HasField("logprobs") and not request.output.HasField("prompt_logprobs")
     assert request.output.echo and scheduling.priority == generation_pb2.PRIORITY_CLASS_BATCH
     assert (sampling.num_outputs, scheduling.tenant, scheduling.max_time_ms, scheduling.cache_salt) == (2, "team-a", 900, "s")
     assert scheduling.on_timeout == generation_pb2.ON_TIMEOUT_RETURN_PARTIAL

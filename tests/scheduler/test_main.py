@@ -16,6 +16,7 @@ from scheduler.core.config import TenantLimits
 from scheduler.errors import StartError
 from scheduler.main import config_from, serve_command
 from scheduler.supervisor import reserve_recording
+from worker.config import DEVICES, DTYPES, QUANTIZATIONS
 
 
 def config(*options: str) -> ServeConfig:
@@ -51,6 +52,13 @@ def test_every_option_of_the_core_arrives() -> None:
 
 
 @pytest.mark.parametrize("command", [serve_command, carousel_serve], ids=["scheduler", "carousel"])
+@pytest.mark.parametrize(("name", "choices"), [("dtype", DTYPES), ("device", DEVICES), ("quantization", QUANTIZATIONS)])
+def test_what_a_worker_can_do_can_be_chosen(command: click.Command, name: str, choices: tuple[str, ...]) -> None:
+    [option] = [parameter for parameter in command.params if parameter.name == name]
+    assert isinstance(option.type, click.Choice) and tuple(option.type.choices) == choices
+
+
+@pytest.mark.parametrize("command", [serve_command, carousel_serve], ids=["scheduler", "carousel"])
 def test_all_policies_can_be_chosen_and_no_others(command: click.Command) -> None:
     [option] = [parameter for parameter in command.params if parameter.name == "policy"]
     assert isinstance(option.type, click.Choice)
@@ -76,9 +84,10 @@ def test_a_limit_that_is_given_alone_holds() -> None:
 
 
 def test_the_worker_gets_its_options() -> None:
-    options = config("--device", "sim", "--swap-gib", "1.5", "--num-blocks", "77").worker_options
+    options = config("--device", "cpu", "--swap-gib", "1.5", "--num-blocks", "77", "--quantization", "int8").worker_options
     given = dict(zip(options[::2], options[1::2], strict=True))
-    assert (given["--swap-gib"], given["--num-blocks"], given["--device"]) == ("1.5", "77", "sim")
+    assert (given["--swap-gib"], given["--num-blocks"], given["--device"]) == ("1.5", "77", "cpu")
+    assert given["--quantization"] == "int8"
     assert "--kv-memory-gib" not in given
 
 

@@ -53,6 +53,8 @@ def values_of(kind: typing.Any) -> st.SearchStrategy[typing.Any]:
 
 
 def arrays_of(dtype: str) -> st.SearchStrategy[np.ndarray]:
+    if np.dtype(dtype).kind == "f":
+        return st.lists(st.floats(width=32, allow_nan=False), max_size=5).map(lambda numbers: np.array(numbers, dtype))
     info = np.iinfo(dtype)
     return st.lists(st.integers(info.min, info.max), max_size=5).map(lambda numbers: np.array(numbers, dtype))
 

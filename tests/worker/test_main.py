@@ -100,6 +100,11 @@ def test_too_large_a_cache_is_one_line_with_the_numbers_and_exit_1(checkpoint: P
     assert_one_line(done, "1000000.00 GiB", "are available")
 
 
+def test_more_threads_than_processors_are_one_line_with_both_numbers_and_exit_1(checkpoint: Path) -> None:
+    done = run("--connect", "ipc://x", "--model", str(checkpoint), "--device", "cpu", "--threads", "100000")
+    assert_one_line(done, "--threads 100000: this process may use ")
+
+
 def test_a_bad_address_is_one_line_and_exit_1() -> None:
     assert_one_line(run("--connect", "nonsense://x", "--device", "sim"), "--connect")
 
@@ -119,13 +124,15 @@ def test_wrong_usage_is_one_line_and_exit_2(options: list[str], part: str) -> No
 
 def test_options_arrive_in_the_configuration() -> None:
     line = (
-        "--connect ipc://x --model m --revision r --device cuda --dtype float16 --max-model-len 100 --block-size 32"
+        "--connect ipc://x --model m --revision r --device cpu --dtype float16 --max-model-len 100 --block-size 32"
+        " --quantization int8"
         " --num-blocks 9 --max-batch-rows 3 --max-step-tokens 44 --threads 5 --group 2 --log-level debug"
         " --swap-gib 1.5 --sim-base-ns 1 --sim-end-chance 0.5 --sim-swap-block-ns 7 --sim-copy-block-ns 8 --sim-host-blocks 9"
     )
     config, level = parse(line.split())
     assert level == "debug" and config == WorkerConfig(
-        connect="ipc://x", model="m", revision="r", device="cuda", dtype="float16", max_model_len=100, block_size=32,
+        connect="ipc://x", model="m", revision="r", device="cpu", dtype="float16", max_model_len=100, block_size=32,
+        quantization="int8",
         num_blocks=9, swap_gib=1.5, max_batch_rows=3, max_step_tokens=44, threads=5, group=2, sim=config.sim,
     )  # fmt: skip
     assert config.sim.base_ns == 1 and config.sim.end_chance == 0.5 and config.swap_bytes == 3 << 29
@@ -142,12 +149,20 @@ def test_options_arrive_in_the_configuration() -> None:
         ("swap_gib", -0.5, "--swap-gib"), ("swap_gib", float("nan"), "--swap-gib"),
         ("max_batch_rows", 65_536, "--max-batch-rows"), ("max_step_tokens", 0, "--max-step-tokens"),
         ("threads", 0, "--threads"), ("group", -1, "--group"),
-        ("dtype", "int8", "--dtype"), ("sim", SimConfig(host_blocks=-1), "--sim-host-blocks"),
+        ("dtype", "int8", "--dtype"), ("quantization", "int4", "--quantization int4"),
+        ("sim", SimConfig(host_blocks=-1), "--sim-host-blocks"),
     ],
 )  # fmt: skip
 def test_an_impossible_option_is_refused_by_name(option: str, value: object, part: str) -> None:
     with pytest.raises(ConfigError, match=part):
         WorkerConfig(**({"connect": "ipc://x", "model": "m"} | {option: value}))
+
+
+@pytest.mark.parametrize("device", ["cuda", "sim"])
+def test_quantization_is_for_a_cpu(device: str) -> None:
+    assert WorkerConfig("ipc://x", "m", quantization="int8").device == "auto"
+    with pytest.raises(ConfigError, match=f"--quantization int8 is for --device cpu, not for --device {device}"):
+        WorkerConfig("ipc://x", "m", device=device, quantization="int8")
 
 
 def test_number_of_blocks_and_memory_together_are_refused() -> None:

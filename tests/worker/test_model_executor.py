@@ -13,6 +13,7 @@ from tests.helpers.checkpoints import make_checkpoint
 from tests.helpers.plans import GREEDY, PlanMaker
 from tests.helpers.reference import Comparison, Reference, greedy
 from wire import SamplingSpec, StepFailed, StepPlan, StepResult, decode, encode
+from worker import model_executor
 from worker.config import ConfigError, WorkerConfig
 from worker.model_config import ModelError
 from worker.model_executor import ModelExecutor
@@ -259,3 +260,114 @@ def test_what_can_not_be_started_is_refused_by_name(checkpoint: Path, tmp_path: 
     if not torch.cuda.is_available():
         with pytest.raises(ConfigError, match="no CUDA device"):
             ModelExecutor.of(config(device="cuda"), checkpoint)
+
+
+# ------------------------------------------------------------------------------------------------------------------- int8
+
+
+@pytest.fixture(scope="module", params=["float32", "bfloat16", "float16"])
+def quantized(checkpoint: Path, request: pytest.FixtureRequest) -> ModelExecutor:
+    return ModelExecutor.of(config(quantization="int8", dtype=request.param), checkpoint)
+
+
+def alone(executor: ModelExecutor, prompt: list[int], chunk: int = 256) -> list[int]:
+    """NUM_TOKENS tokens of a sequence that has the executor for itself, its prompt in chunks."""
+    executor.reset()
+    maker, got = PlanMaker(executor.facts, shuffle=3), {}
+    maker.start(0, prompt)
+    while len(got.get(0, [])) < NUM_TOKENS:
+        one = maker.sequences[0]
+        step(executor, maker.plan({0: min(chunk, one.known - one.computed)}), got)
+    return got[0]
+
+
+def test_int8_gives_the_same_tokens_alone_and_among_others(quantized: ModelExecutor, prompts) -> None:
+    """Rows come and go, with chunks among decodes; a scale that rows shared would change with each of them."""
+    expected = [alone(quantized, prompt) for prompt in prompts]
+    quantized.reset()
+    maker, got = PlanMaker(quantized.facts, shuffle=5), {}
+    number = 0
+    while number < len(prompts) or maker.sequences:
+        if number < len(prompts):
+            maker.start(number, prompts[number])
+            number += 1
+        step(quantized, maker.plan({slot: min(5, one.known - one.computed) for slot, one in maker.sequences.items()}), got)
+        for slot in [slot for slot in maker.sequences if len(got.get(slot, [])) == NUM_TOKENS]:
+            maker.end(slot)
+    assert [got[slot] for slot in range(len(prompts))] == expected
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 32])
+def test_int8_gives_the_same_tokens_for_a_prompt_in_chunks(quantized: ModelExecutor, prompts, chunk: int) -> None:
+    assert alone(quantized, prompts[4], chunk) == alone(quantized, prompts[4])
+
+
+def test_int8_is_near_the_model(checkpoint: Path, prompts, references) -> None:
+    """Tokens are those of float32 until two logits are nearer to each other than what int8 changes in them."""
+    executor = ModelExecutor.of(config(quantization="int8"), checkpoint)
+    for prompt, reference in zip(prompts, references, strict=True):
+        for mine, theirs, gap in zip(alone(executor, prompt), reference.tokens, reference.gaps, strict=True):
+            if mine != theirs:
+                assert gap < 0.2
+                break
+
+
+def test_int8_says_so(checkpoint: Path) -> None:
+    facts = ModelExecutor.of(config(quantization="int8"), checkpoint).facts
+    assert "parameters in float32 with int8 weights on cpu" in facts.description and facts.dtype == "float32"
+
+
+def test_int8_is_refused_where_a_gpu_was_found(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with pytest.raises(ConfigError, match="--quantization int8 is for a CPU, and --device auto found a GPU: add --device cpu"):
+        ModelExecutor.of(config(quantization="int8", device="auto"), checkpoint)
+
+
+# ------------------------------------------------------------------------------------------------- what the machine has not
+
+
+@pytest.mark.parametrize(
+    ("there_is", "options", "said"),
+    [
+        (900_000, {}, r"need 841\.. KiB in float32, and 985\.. KiB while they are loaded; 878\.. KiB are available: "),
+        (900_000, {}, r": --quantization int8 would need \S+ KiB, --dtype bfloat16 would need \S+ KiB$"),
+        (520_000, {}, r"available: --dtype bfloat16 would need \S+ KiB$"),
+        (400_000, {"dtype": "bfloat16"}, r"in bfloat16, and .* available: --quantization int8 would need \S+ KiB$"),
+        (400_000, {"quantization": "int8"}, r"in float32 with int8 weights, .* available: --dtype bfloat16 would need"),
+        (100_000, {}, r"available: free some, or take a smaller model$"),
+        (1_050_000, {}, r"KV cache of 60 blocks .*: lower --num-blocks .* \(of 1 MiB that are available, the weights take 84"),
+        (1_050_000, {"num_blocks": None, "max_model_len": 512}, r": lower --max-model-len to 160 or .*, the weights take 84"),
+    ],
+)
+def test_too_little_memory_is_said_before_anything_is_loaded(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch, there_is: int, options: dict[str, object], said: str
+) -> None:
+    """The model takes about 1,010,000 bytes while it is loaded, 529,000 in int8 and 505,000 in bfloat16."""
+    monkeypatch.setattr(model_executor, "available_memory", lambda: there_is)
+    monkeypatch.setattr(model_executor, "load_model", lambda *_: pytest.fail("it was loaded"))
+    with pytest.raises(SizingError, match=said):
+        ModelExecutor.of(config(**options), checkpoint)
+
+
+@pytest.mark.parametrize(
+    ("capability", "vnni", "said"),
+    [
+        ("AVX512", True, "cpu (1 threads);"),
+        ("AVX512", False, "cpu (1 threads, without VNNI);"),
+        ("AVX2", False, "cpu (1 threads, without AVX512 and VNNI);"),
+    ],
+)
+def test_a_processor_that_lacks_instructions_says_so_and_serves(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch, prompts, capability: str, vnni: bool, said: str
+) -> None:
+    monkeypatch.setattr(model_executor.platform, "machine", lambda: "x86_64")
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: vnni)
+    executor = ModelExecutor.of(config(quantization="int8"), checkpoint)
+    assert said in executor.facts.description and len(alone(executor, prompts[0])) == NUM_TOKENS
+
+
+def test_more_threads_than_processors_are_refused(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(model_executor, "_cpu_quota", lambda: 1)
+    with pytest.raises(ConfigError, match="--threads 2: this process may use 1 processor: 1 at most"):
+        ModelExecutor.of(config(threads=2), checkpoint)

@@ -14,7 +14,7 @@ from worker.model_config import ModelConfig
 from worker.models.llama import Llama
 from worker.models.opt import Opt
 from worker.models.qwen3 import Qwen3
-from worker.weights import Checkpoint, Weights
+from worker.weights import Checkpoint, Footprint, Outline, Weights
 
 
 class Model(Protocol):
@@ -44,9 +44,20 @@ _MODELS: dict[str, type[Llama] | type[Qwen3] | type[Opt]] = {
 }
 
 
+_SHORT = 2  # tokens; the length changes no weight, but tables are computed for it
+
+
 def build(config: ModelConfig, weights: Weights) -> Model:
     """The model of config.architecture, its weights taken from `weights` as it is put together."""
     return _MODELS[config.architecture](config, weights)
+
+
+def footprint(model_dir: Path, dtype: torch.dtype, quantization: str) -> Footprint:
+    """What load_model with the same arguments would take of memory, by the files' headers. Raises ModelError."""
+    config = ModelConfig.read(model_dir, _SHORT)
+    with Outline(model_dir, dtype) as weights:
+        build(config, weights)
+        return weights.footprint(quantization)
 
 
 def load_model(

@@ -406,7 +406,9 @@ class OutputParams(_message.Message):
     logprobs: _builtins.int
     """Log-probabilities: the k most likely per token, 0 = only the sampled one's; 0 to 20. Absent: none."""
     prompt_logprobs: _builtins.int
-    """The same for prompt tokens; such a prompt is computed in full. Absent: none."""
+    """The same for prompt tokens; such a prompt is computed in full, past the prefix cache. They come with the prompt's delta,
+    which output 0 then has also without echo. Absent: none.
+    """
     echo: _builtins.bool
     """Send the prompt as the first delta of each output, before offset 0 of its tokens. Default false."""
     def __init__(
@@ -568,7 +570,7 @@ class Delta(_message.Message):
 
     @_builtins.property
     def logprobs(self) -> _containers.RepeatedCompositeFieldContainer[Global___TokenLogprobs]:
-        """One per token, when asked for."""
+        """One per token, when asked for; of a prompt's first token an empty one, as nothing precedes it."""
 
     def __init__(
         self,

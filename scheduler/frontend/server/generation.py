@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import msgspec
@@ -19,7 +20,7 @@ from scheduler.frontend.output import Output, Piece, StoppableOutput
 from scheduler.frontend.server.stats import FINISH_REASONS, timing, usage
 from scheduler.frontend.server.status import Context, answers_with_status, internal_error
 from scheduler.frontend.stop_strings import StopStrings
-from scheduler.frontend.streams import Outlet, Stream
+from scheduler.frontend.streams import Outlet, Stream, Told
 from scheduler.frontend.tokenizer import Tokenizer
 from scheduler.frontend.validation import Options, check_id, check_options, check_prompt_length, check_token_ids
 from wire import AddHeader, AddRequest, CancelOutcome, EndReason, Facts, OutputEnded, RequestStats, WorkerFacts
@@ -54,10 +55,10 @@ class Generation(GenerationServicer):
             options = check_options(request, limits, self._defaults)
             deadline_ns = deadline(options, context.time_remaining(), arrival_ns)
             prompt = await self._prompt(request, options, limits)
-            stream = Stream(self._outputs(options, prompt), options.include_stop)
+            stream = Stream(self._outputs(options, prompt), options.include_stop, len(prompt))
             self._link.submit(self._add_request(options, prompt, limits, arrival_ns, deadline_ns), stream)
             try:
-                echo = self._echo(request, options, prompt) if options.echo else None
+                echo = self._echo(request, options, prompt)
                 await _write(context, stream, options, echo, self._link)
                 _check_ends(stream, options, deadline_ns - arrival_ns)
                 await context.write(_summary(stream, options))
@@ -107,7 +108,10 @@ class Generation(GenerationServicer):
         self, options: Options, prompt: list[int], limits: WorkerFacts, arrival_ns: int, deadline_ns: int
     ) -> AddRequest:
         tokens = np.array(prompt, np.int32)
-        key = prefix_index.root(self._served_model_name, "", options.cache_salt)  # "": no adapter
+        asks_prompt = (
+            options.sampling.prompt_logprobs >= 0
+        )  # every token of it must be computed, so it goes past the prefix cache
+        key = b"" if asks_prompt else prefix_index.root(self._served_model_name, "", options.cache_salt)  # "": no adapter
         header = AddHeader(
             handle=self._link.new_handle(options.num_outputs),
             request_id=options.request_id,
@@ -121,12 +125,15 @@ class Generation(GenerationServicer):
             partial_at_deadline=options.partial_at_deadline,
             whole_by_deadline=options.whole_by_deadline,
             prefix_key=key,
-            hash_block_size=limits.block_size,
+            hash_block_size=0 if asks_prompt else limits.block_size,
         )
-        hashes = prefix_index.hash_blocks(key, tokens, limits.block_size)
+        hashes = b"" if asks_prompt else prefix_index.hash_blocks(key, tokens, limits.block_size)
         return AddRequest(header, tokens, np.frombuffer(hashes, np.uint8))
 
-    def _echo(self, request: pb.GenerateRequest, options: Options, prompt: list[int]) -> pb.Delta:
+    def _echo(self, request: pb.GenerateRequest, options: Options, prompt: list[int]) -> pb.Delta | None:
+        """The prompt as a delta, where it is wanted."""
+        if not options.echo and options.sampling.prompt_logprobs < 0:
+            return None
         given = request.WhichOneof("prompt") == "text"
         text = "" if not options.text else request.text if given else self._tokenizer.decode(prompt)
         return pb.Delta(token_ids=prompt, text=text, is_prompt=True)
@@ -160,31 +167,47 @@ def deadline(options: Options, remaining_s: float | None, arrival_ns: int) -> in
 async def _write(context: Context, stream: Stream, options: Options, echo: pb.Delta | None, link: CoreLink) -> None:
     """Until all outputs have ended. A write waits until the transport has taken it; meanwhile tokens gather in the stream."""
     num_open = len(stream.outlets)
-    unechoed = set(range(num_open))
+    unechoed = set(range(num_open) if options.echo else range(1))
     while num_open:
         outlet = await stream.next()
-        if echo is not None and outlet.index in unechoed:
+        if echo is not None and outlet.index in unechoed and (outlet.num_received or options.echo):
             unechoed.discard(outlet.index)
             echo.output_index = outlet.index
+            if outlet.num_received and options.sampling.prompt_logprobs >= 0 and not echo.logprobs:
+                _fill(echo, [stream.prompt_logprobs.get(position) for position in range(stream.num_prompt)])
             await context.write(pb.GenerateResponse(delta=echo))
         num_received, ended = outlet.num_received, outlet.ended
         piece = outlet.output.take()
         if piece is not None and (piece.tokens or options.text):
-            await context.write(_delta(outlet.index, piece, options.text))
+            await context.write(_delta(outlet, piece, options))
         outlet.accepted(num_received, link.report_after, link)
         if ended is not None:  # before the piece was taken
             await context.write(_finished(outlet.index, ended, outlet.output.stop_string))
             num_open -= 1
 
 
-def _delta(output_index: int, piece: Piece, with_text: bool) -> pb.GenerateResponse:
+def _delta(outlet: Outlet, piece: Piece, options: Options) -> pb.GenerateResponse:
     event = pb.GenerateResponse()
     delta = event.delta  # filled in place: half the time of building it apart
-    delta.output_index, delta.token_offset = output_index, piece.token_offset
+    delta.output_index, delta.token_offset = outlet.index, piece.token_offset
     delta.token_ids.extend(piece.tokens)
-    if with_text:
+    if options.text:
         delta.text_offset, delta.text = piece.text_offset, piece.text
+    if options.sampling.logprobs >= 0:
+        offset = piece.token_offset
+        _fill(delta, [outlet.logprobs.pop(offset + i) for i in range(len(piece.tokens))])
     return event
+
+
+def _fill(delta: pb.Delta, told: Sequence[Told | None]) -> None:
+    """None: of a prompt's first token, which nothing precedes."""
+    for each in told:
+        entry = delta.logprobs.add()
+        if each is not None:
+            values, token_ids = each
+            entry.logprob = values[0]
+            for token_id, value in zip(token_ids[1:], values[1:], strict=True):
+                entry.top.add(token_id=token_id, logprob=value)
 
 
 def _finished(output_index: int, ended: OutputEnded, stop_string: str) -> pb.GenerateResponse:

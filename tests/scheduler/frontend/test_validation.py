@@ -7,6 +7,7 @@ import uuid
 from collections.abc import Callable
 from typing import Any
 
+import msgspec
 import pytest
 
 from carousel.v1 import generation_pb2 as pb
@@ -105,6 +106,13 @@ def test_neutral_values_are_taken() -> None:
             scheduling=dict(on_timeout=pb.ON_TIMEOUT_FAIL, cache_salt="", resume_window_ms=0),
         )
     )
+
+
+def test_logprobs_reach_a_worker_that_has_a_model() -> None:
+    limits = msgspec.structs.replace(LIMITS, device="cpu")
+    spec = check_options(request(output=dict(logprobs=0, prompt_logprobs=20)), limits, GREEDY).sampling
+    assert (spec.logprobs, spec.prompt_logprobs) == (0, 20)
+    assert check(request()).sampling.logprobs == check(request()).sampling.prompt_logprobs == -1
 
 
 def test_penalties_and_bias_reach_the_worker() -> None:

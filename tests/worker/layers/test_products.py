@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor
@@ -125,8 +131,27 @@ def test_rows_of_zeros_and_weights_of_zeros_give_the_bias() -> None:
     assert got[1].equal(bias) and (got[:, 5] == bias[5]).all()
 
 
+OLDER = """
+import torch
+torch.cpu._is_vnni_supported = lambda: False
+from worker.layers.products import Int8Product
+weight, x = torch.ones(16, 512), torch.ones(8, 512)
+product = Int8Product(weight, None)
+print(product(x).unique().tolist(), product(-x).unique().tolist())
+"""
+
+
+@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="an x86 processor can do as if it were older")
+@pytest.mark.parametrize("instructions", ["AVX2", "AVX512_CORE"])
+def test_int8_adds_up_exactly_on_older_processors(instructions: str) -> None:
+    """Their instruction adds two products up in 16 bits: this is where it would overflow."""
+    environment = os.environ | {"ONEDNN_MAX_CPU_ISA": instructions}
+    command, folder = [sys.executable, "-c", OLDER], Path(__file__).parents[3]
+    done = subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout == "[512.0] [-512.0]\n"
+
+
 def test_int8_adds_up_exactly_at_the_ends_of_the_range() -> None:
-    """On processors whose instruction adds two products up in 16 bits, this is where they would overflow."""
     weight, x = torch.ones(16, 512), torch.ones(8, 512)
     torch.testing.assert_close(Int8Product(weight, None)(x), torch.full((8, 16), 512.0))
     torch.testing.assert_close(Int8Product(weight, None)(-x), torch.full((8, 16), -512.0))

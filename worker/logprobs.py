@@ -1,0 +1,78 @@
+"""Log-probabilities of drawn tokens and of prompt tokens, for the rows that asked for them: the model's own, before penalties,
+temperature and filters. Knows logits and rows; no socket.
+
+Legend: T tokens of the step, C hidden size, N rows that draw, M of them that asked, V vocabulary, K most likely tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from wire import LogprobRun, Logprobs, LogprobsHeader, StepPlan
+from wire.messages import I32
+from worker.sequences import Sequences, StepRows
+
+_PART = 64  # prompt tokens whose logits are in memory together
+
+
+class Told:
+    """Gathers what a step has to tell."""
+
+    def __init__(self) -> None:
+        self._runs: list[LogprobRun] = []
+        self._logprobs: list[np.ndarray] = []
+        self._token_ids: list[np.ndarray] = []
+
+    def add(self, row: int, position: int, logprobs_NV: Tensor, token_ids: np.ndarray, num_best: int) -> None:
+        """Of the tokens [N] at `position` and behind it; logprobs_NV: of what may stand there."""
+        num_best = min(num_best, logprobs_NV.shape[1])
+        own = torch.from_numpy(token_ids.astype(np.int64))[:, None].to(logprobs_NV.device)
+        best = logprobs_NV.topk(num_best, dim=1)
+        self._runs.append(LogprobRun(row, position, len(token_ids), num_best))
+        self._logprobs.append(torch.cat((logprobs_NV.gather(1, own), best.values), dim=1).cpu().numpy().ravel())
+        self._token_ids.append(torch.cat((own, best.indices), dim=1).cpu().numpy().astype(np.int32).ravel())
+
+    def message(self, plan: StepPlan) -> Logprobs | None:
+        if not self._runs:
+            return None
+        header = LogprobsHeader(plan.header.group, plan.header.epoch, plan.header.step_id, tuple(self._runs))
+        return Logprobs(header, np.concatenate(self._logprobs), np.concatenate(self._token_ids))
+
+
+def of_prompts(told: Told, sequences: Sequences, rows: StepRows, hidden_TC: Tensor, logits: Callable[[Tensor], Tensor]) -> None:
+    """Of the prompt tokens behind those that this step computes, in the rows that asked; a sequence's first token has none."""
+    count = len(rows.slots) - rows.num_padding
+    asked = sequences.columns.prompt_logprobs[rows.slots[:count]] >= 0
+    if not asked.any():
+        return
+    at = np.cumsum(rows.count) - rows.count  # each row's first token in the step
+    for row in np.flatnonzero(asked).tolist():
+        slot, first, begin = int(rows.slots[row]), int(rows.first[row]), int(at[row])
+        end = min(first + int(rows.count[row]), int(sequences.num_prompt[slot]) - 1)
+        for position in range(first, end, _PART):
+            until = min(position + _PART, end)
+            logits_NV = logits(hidden_TC[begin + position - first : begin + until - first])
+            token_ids = sequences.tokens[slot, position + 1 : until + 1]
+            num_best = int(sequences.columns.prompt_logprobs[slot])
+            told.add(slot, position + 1, logits_NV.log_softmax(dim=1), token_ids, num_best)
+
+
+class OfDraws:
+    """Of the tokens that the drawing rows draw. Made before the logits are adjusted for sampling."""
+
+    def __init__(self, sequences: Sequences, rows: StepRows, logits_NV: Tensor) -> None:
+        self._num_best = sequences.columns.logprobs[rows.slots[rows.drawing[: rows.num_sampled]]]
+        self._asked = np.flatnonzero(self._num_best >= 0)
+        self._logprobs_MV = logits_NV[self._asked].log_softmax(dim=1) if len(self._asked) else None
+
+    def tell(self, told: Told, rows: StepRows, tokens: I32) -> None:
+        if self._logprobs_MV is None:
+            return
+        for i, logprobs_V in zip(self._asked.tolist(), self._logprobs_MV, strict=True):
+            row = rows.drawing[i]
+            position = int(rows.first[row] + rows.count[row])
+            told.add(int(rows.slots[row]), position, logprobs_V[None], tokens[i : i + 1], int(self._num_best[i]))
