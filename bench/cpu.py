@@ -311,7 +311,7 @@ def _write_checkpoint(shape: Shape, folder: Path) -> None:
     write(shape, folder)
 
 
-def _cache() -> Path:
+def cache() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "carousel" / "bench"
 
 
@@ -352,7 +352,7 @@ def main(
         print(f"{time.monotonic() - started:5.0f} s  {text}", file=sys.stderr, flush=True)
 
     try:
-        model = cached_checkpoint(report.shape, checkpoints or _cache())
+        model = cached_checkpoint(report.shape, checkpoints or cache())
     except OSError as error:
         raise click.ClickException(str(error)) from None
     measure(report, model, engines, say)

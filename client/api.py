@@ -9,16 +9,26 @@ Blocking; one client may be used by many threads, one stream by one thread at a 
 
 from __future__ import annotations
 
+import json
 import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from types import TracebackType
-from typing import Generic, Literal, Protocol, Self, TypeVar
+from typing import Any, Generic, Literal, Protocol, Self, TypeVar
 
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc  # type: ignore[import-untyped]
 
-from carousel.v1 import control_pb2, control_pb2_grpc, generation_pb2, generation_pb2_grpc, inspect_pb2, inspect_pb2_grpc
+from carousel.v1 import (
+    control_pb2,
+    control_pb2_grpc,
+    generation_pb2,
+    generation_pb2_grpc,
+    inspect_pb2,
+    inspect_pb2_grpc,
+    tokenization_pb2,
+    tokenization_pb2_grpc,
+)
 from client.errors import CarouselError, error_of
 
 MESSAGE_LIMIT = 64 << 20  # bytes of one message, either way; the server's too
@@ -136,6 +146,7 @@ class CarouselClient:
         self._channel = grpc.insecure_channel(target, options)
         self._generation = generation_pb2_grpc.GenerationStub(self._channel)
         self._control = control_pb2_grpc.ControlStub(self._channel)
+        self._tokenization = tokenization_pb2_grpc.TokenizationStub(self._channel)
         self._inspect = inspect_pb2_grpc.InspectStub(self._channel)
         self._health = health_pb2_grpc.HealthStub(self._channel)
 
@@ -231,6 +242,41 @@ class CarouselClient:
         """Ends a request by its id; says whether it was alive (CANCEL_OUTCOME_…). May be called again."""
         request = generation_pb2.CancelRequest(request_id=request_id)
         return self._ask(self._generation.Cancel, request, timeout_s).outcome
+
+    # ---------------------------------------------------------------------------------------------------- tokenizer
+
+    def tokenize(self, text: str, *, add_special_tokens: bool | None = None) -> list[int]:
+        """The token ids of a text, special tokens added as `generate` does, unless add_special_tokens is False."""
+        request = tokenization_pb2.TokenizeRequest(text=text, add_special_tokens=add_special_tokens)
+        return list(self._ask(self._tokenization.Tokenize, request).token_ids)
+
+    def detokenize(self, token_ids: Sequence[int], *, skip_special_tokens: bool | None = None) -> str:
+        """The text of token ids, without special tokens unless skip_special_tokens is False."""
+        request = tokenization_pb2.DetokenizeRequest(token_ids=token_ids, skip_special_tokens=skip_special_tokens)
+        return self._ask(self._tokenization.Detokenize, request).text
+
+    def apply_chat_template(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        add_generation_prompt: bool | None = None,
+        tools: Sequence[Mapping[str, Any]] = (),
+        template_name: str | None = None,
+        **variables: Any,
+    ) -> list[int]:
+        """The prompt of a conversation, [{"role": "user", "content": "…"}, …], as token ids for `generate`. variables: what
+        else the model's template knows. Raises CarouselError: FAILED_PRECONDITION when the model has no template."""
+        request = tokenization_pb2.ApplyChatTemplateRequest(
+            add_generation_prompt=add_generation_prompt,
+            tools=[json.dumps(tool) for tool in tools],
+            template_name=template_name,
+            variables=json.dumps(variables) if variables else None,
+        )
+        for message in messages:
+            more = {name: value for name, value in message.items() if name not in ("role", "content")}
+            content = message.get("content") or ""
+            request.messages.add(role=message["role"], content=content, more=json.dumps(more) if more else None)
+        return list(self._ask(self._tokenization.ApplyChatTemplate, request).token_ids)
 
     # ------------------------------------------------------------------------------------------------------- facts
 

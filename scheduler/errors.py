@@ -64,6 +64,12 @@ class UnsupportedFieldError(RequestError):
         super().__init__(f"{field} is not supported {by}", field=field)
 
 
+class NoChatTemplateError(RequestError):
+    """The model has none."""
+
+    status = "FAILED_PRECONDITION"
+
+
 class UnavailableError(RequestError):
     """Nobody can compute now; later somebody may."""
 

@@ -18,7 +18,7 @@ from typing import Any
 import click
 
 from bench import provenance
-from bench.cpu import QUICK, SIZES, Report, _cache, cached_checkpoint
+from bench.cpu import QUICK, SIZES, Report, cache, cached_checkpoint
 from bench.cpu_workload import Outcome, Request
 from bench.peers import driven
 from bench.peers.driven import Work
@@ -161,7 +161,7 @@ def main(
         flush=True,
     )
     try:
-        comparison.prepare(cached_checkpoint(asked.shape, checkpoints or _cache()))
+        comparison.prepare(cached_checkpoint(asked.shape, checkpoints or cache()))
     except OSError as error:
         raise click.ClickException(str(error)) from None
     for number in range(1, 1 if install_only else size.rounds + 1):

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from scheduler.errors import StartError
 from scheduler.frontend import defaults, server
+from scheduler.frontend.chat_template import ChatTemplates
 from scheduler.frontend.config import FrontendConfig
 from scheduler.frontend.core_link import CoreLink
 from scheduler.frontend.defaults import ModelDefaults
@@ -28,19 +29,20 @@ def run(config: FrontendConfig) -> int:
     try:
         tokenizer = Tokenizer.load(Path(config.model_dir))
         model_defaults = defaults.load(Path(config.model_dir), tokenizer.eos_token_id)
-        asyncio.run(_serve(config, tokenizer, model_defaults))
+        templates = ChatTemplates.load(Path(config.model_dir))
+        asyncio.run(_serve(config, tokenizer, templates, model_defaults))
     except StartError as error:
         print(f"frontend: {error}", file=sys.stderr)
         return 1
     return 0
 
 
-async def _serve(config: FrontendConfig, tokenizer: Tokenizer, model_defaults: ModelDefaults) -> None:
+async def _serve(config: FrontendConfig, tokenizer: Tokenizer, templates: ChatTemplates, model_defaults: ModelDefaults) -> None:
     told_to_stop = asyncio.Event()
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, told_to_stop.set)
     link = CoreLink(config.core_endpoint)
     try:
-        grpc_server = server.Server(config, link, tokenizer, model_defaults)
+        grpc_server = server.Server(config, link, tokenizer, templates, model_defaults)
         port = await grpc_server.start()
         log.info("listening on %s, port %d", config.host, port)
         await told_to_stop.wait()

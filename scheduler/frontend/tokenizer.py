@@ -58,14 +58,21 @@ class Tokenizer:
         except ModelFilesError as error:
             raise ModelFilesError(f"{directory}: {error}") from None
 
-    def encode(self, text: str) -> tokenizers.Encoding:
+    @property
+    def vocab_size(self) -> int:
+        """Its largest token id and one more."""
+        size: int = self._backend.get_vocab_size(with_added_tokens=True)
+        return size
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> tokenizers.Encoding:
         """Token ids of a prompt, special tokens added as the model's files say. Releases the interpreter while it works."""
-        encoding: tokenizers.Encoding = self._backend.encode_batch_fast([text])[0]  # `encode` would not release it
+        batch = self._backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)  # `encode` would not release it
+        encoding: tokenizers.Encoding = batch[0]
         return encoding
 
-    def decode(self, token_ids: list[int]) -> str:
-        """The text of these tokens, special ones left out."""
-        text: str = self._backend.decode(token_ids, skip_special_tokens=True)
+    def decode(self, token_ids: list[int], skip_special_tokens: bool = True) -> str:
+        """The text of these tokens, special ones left out unless they are wanted."""
+        text: str = self._backend.decode(token_ids, skip_special_tokens=skip_special_tokens)
         return text
 
     def detokenizer(self, prompt: Iterable[int] = ()) -> Detokenizer:

@@ -15,7 +15,7 @@ import grpc
 import msgspec
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from carousel.v1 import control_pb2, control_pb2_grpc, generation_pb2_grpc, inspect_pb2_grpc
+from carousel.v1 import control_pb2, control_pb2_grpc, generation_pb2_grpc, inspect_pb2_grpc, tokenization_pb2_grpc
 from scheduler.frontend.config import FrontendConfig
 from scheduler.supervisor import ReservedPort
 
@@ -45,6 +45,7 @@ class Frontend:
         self.process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=self._log, stderr=subprocess.STDOUT)
         self.channel = grpc.insecure_channel(self.target, _OPTIONS)
         self.generation = generation_pb2_grpc.GenerationStub(self.channel)
+        self.tokenization = tokenization_pb2_grpc.TokenizationStub(self.channel)
         self.control = control_pb2_grpc.ControlStub(self.channel)
         self.inspect = inspect_pb2_grpc.InspectStub(self.channel)
         self.health = health_pb2_grpc.HealthStub(self.channel)

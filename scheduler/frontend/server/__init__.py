@@ -4,13 +4,24 @@ from __future__ import annotations
 
 import asyncio
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import grpc.aio
 from grpc_health.v1 import health_pb2, health_pb2_grpc  # type: ignore[import-untyped]
 from grpc_reflection.v1alpha import reflection  # type: ignore[import-untyped]
 
-from carousel.v1 import control_pb2, control_pb2_grpc, generation_pb2, generation_pb2_grpc, inspect_pb2, inspect_pb2_grpc
+from carousel.v1 import (
+    control_pb2,
+    control_pb2_grpc,
+    generation_pb2,
+    generation_pb2_grpc,
+    inspect_pb2,
+    inspect_pb2_grpc,
+    tokenization_pb2,
+    tokenization_pb2_grpc,
+)
 from scheduler.errors import StartError
+from scheduler.frontend.chat_template import ChatTemplates
 from scheduler.frontend.config import FrontendConfig
 from scheduler.frontend.core_link import CoreLink
 from scheduler.frontend.defaults import ModelDefaults
@@ -18,11 +29,17 @@ from scheduler.frontend.server.control import Control
 from scheduler.frontend.server.generation import Generation
 from scheduler.frontend.server.health import Health
 from scheduler.frontend.server.inspect import Inspect
+from scheduler.frontend.server.tokenization import Tokenization
 from scheduler.frontend.tokenizer import Tokenizer
 
 _SERVICES = tuple(
     file.DESCRIPTOR.services_by_name[name].full_name
-    for file, name in ((generation_pb2, "Generation"), (control_pb2, "Control"), (inspect_pb2, "Inspect"))
+    for file, name in (
+        (generation_pb2, "Generation"),
+        (tokenization_pb2, "Tokenization"),
+        (control_pb2, "Control"),
+        (inspect_pb2, "Inspect"),
+    )
 )
 _STOCK = (health_pb2.DESCRIPTOR.services_by_name["Health"].full_name, reflection.SERVICE_NAME)
 _LAST_WORDS_S = 0.2  # what a status that is just being sent gets, and calls that never end by themselves
@@ -32,12 +49,22 @@ _POLL_S = 0.02
 class Server:
     """Listens from `start` to `stop`."""
 
-    def __init__(self, config: FrontendConfig, link: CoreLink, tokenizer: Tokenizer, defaults: ModelDefaults) -> None:
+    def __init__(
+        self,
+        config: FrontendConfig,
+        link: CoreLink,
+        tokenizer: Tokenizer,
+        templates: ChatTemplates,
+        defaults: ModelDefaults,
+    ) -> None:
         self._config = config
-        self._generation = Generation(link, tokenizer, defaults, config.served_model_name, config.tokenizer_threads)
+        threads = ThreadPoolExecutor(config.tokenizer_threads, thread_name_prefix="tokenizer")
+        self._generation = Generation(link, tokenizer, defaults, config.served_model_name, threads)
         self._health = Health(link, _SERVICES)
         self._server = grpc.aio.server(options=_options(config))
         generation_pb2_grpc.add_GenerationServicer_to_server(self._generation, self._server)
+        tokenization = Tokenization(tokenizer, templates, threads)
+        tokenization_pb2_grpc.add_TokenizationServicer_to_server(tokenization, self._server)
         control_pb2_grpc.add_ControlServicer_to_server(Control(link, defaults, config.served_model_name), self._server)
         inspect_pb2_grpc.add_InspectServicer_to_server(Inspect(link), self._server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)

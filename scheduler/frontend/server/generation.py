@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor
 
 import msgspec
 import numpy as np
@@ -37,14 +37,14 @@ class Generation(GenerationServicer):
     """Serves requests while a worker is ready; `num_active` calls are under way."""
 
     def __init__(
-        self, link: CoreLink, tokenizer: Tokenizer, defaults: ModelDefaults, served_model_name: str, tokenizer_threads: int
+        self, link: CoreLink, tokenizer: Tokenizer, defaults: ModelDefaults, served_model_name: str, threads: Executor
     ) -> None:
         self.num_active = 0
         self._link = link
         self._tokenizer = tokenizer
         self._defaults = defaults
         self._served_model_name = served_model_name
-        self._tokenizing = ThreadPoolExecutor(tokenizer_threads, thread_name_prefix="tokenizer")
+        self._threads = threads
 
     @answers_with_status
     async def Generate(self, request: pb.GenerateRequest, context: Context) -> None:  # type: ignore[override]
@@ -91,7 +91,7 @@ class Generation(GenerationServicer):
         if len(text) <= _INLINE_CHARACTERS:
             encoding = self._tokenizer.encode(text)
         else:
-            encoding = await asyncio.get_running_loop().run_in_executor(self._tokenizing, self._tokenizer.encode, text)
+            encoding = await asyncio.get_running_loop().run_in_executor(self._threads, self._tokenizer.encode, text)
         check_prompt_length(len(encoding), 0, limits)  # before the ids of a long one become Python's
         token_ids: list[int] = encoding.ids
         check_token_ids(token_ids, "prompt.text", limits)
