@@ -1,4 +1,4 @@
-"""`python -m bench.cpu`: Carousel and transformers on this machine's CPU, side by side; targets C1, C3 and C5.
+"""`python -m bench.cpu`: Carousel and transformers on this machine's CPU, side by side; targets C1, C3, C4 and C5.
 
 Every engine runs in processes of its own, one after the other, in turns: A B A B. Random weights; the workload of
 cpu_workload.offline_requests, all requests at once; the machine's limits measured between the rounds. Static batches of 4 take
@@ -24,7 +24,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from bench import cpu_carousel, cpu_limits, cpu_transformers, provenance, tables
+from bench import cpu_attention, cpu_carousel, cpu_limits, cpu_transformers, provenance, tables
 from bench.cpu_bounds import (
     Cost,
     Limits,
@@ -82,6 +82,7 @@ class Report:
     outcomes: dict[str, list[Outcome]] = field(default_factory=dict)
     paces: dict[str, list[Pace]] = field(default_factory=dict)  # of static engines
     probes: dict[str, list[Probed]] = field(default_factory=dict)  # of Carousel
+    attention: list[dict[str, float]] = field(default_factory=list)  # contiguous ÷ paged, by case
     failed: dict[str, str] = field(default_factory=dict)  # engine → why
 
     @property
@@ -146,6 +147,8 @@ def measure(report: Report, model: Path, engines: Sequence[str], say: Callable[[
             else:
                 speed = report.outcomes[engine][-1].output_tokens_per_s
                 say(f"  {speed:.1f} output tokens a second; {time.monotonic() - began:.0f} s with its start")
+        if CAROUSEL in report.outcomes:
+            report.attention.append(cpu_attention.measured())
     report.limits.append(cpu_limits.measured())
 
 
@@ -177,6 +180,8 @@ def targets(report: Report) -> Iterator[Shown]:
         yield from _c1(report)
     if report.probes.get(CAROUSEL):
         yield from _c3(report)
+        for case in report.attention[0] if report.attention else ():
+            yield _shown("C4", f"contiguous ÷ paged attention, {case}", [seen[case] for seen in report.attention], 0.9, {})
         if report.probes.get(INT8):
             fp32, int8 = ([probed.together_tokens_per_s for probed in report.probes[name]] for name in (CAROUSEL, INT8))
             ratios = [high / low for low, high in zip(fp32, int8, strict=False)]

@@ -8,7 +8,6 @@ which the fit has not seen, is told and goes into the file.
 from __future__ import annotations
 
 import json
-import os
 import statistics
 import sys
 import tempfile
@@ -28,6 +27,7 @@ from bench.fit import Floats, hats, relative
 from bench.roofline import SHAPES
 from wire import PlanHeader, SamplingSpec, SequenceStart, StepFailed, StepPlan, StepResult, WorkerFacts
 from wire.messages import I32
+from worker import openmp
 
 if TYPE_CHECKING:
     from worker.model_executor import ModelExecutor
@@ -243,7 +243,7 @@ def main(model: Path | None, shape: str | None, repeats: int, out: Path | None, 
     """Measure how long the CPU worker's steps take, for `carousel simulate --costs`. Leave the machine alone meanwhile."""
     if (model is None) == (shape is None):
         raise click.UsageError("give one of --model DIR and --shape NAME")
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as the worker does, before torch is loaded
+    openmp.set_defaults()  # as the worker does, before torch is loaded
     name = shape if model is None else model.resolve().parent.name if model.name == "model" else model.name
     with tempfile.TemporaryDirectory() as folder:
         if shape is not None:

@@ -19,7 +19,7 @@ from typing import NoReturn
 import zmq
 
 from kvcache.sizing import SizingError
-from worker import model_files
+from worker import model_files, openmp
 from worker.config import DEVICES, DTYPES, QUANTIZATIONS, ConfigError, SimConfig, WorkerConfig
 from worker.executor import Executor, one_line
 from worker.link import Link
@@ -99,9 +99,7 @@ def make_executor(config: WorkerConfig) -> Executor:
         from worker.sim_executor import SimExecutor
 
         return SimExecutor.of(config, model_dir)
-    # Read when torch is loaded. By default its idle threads spin, and on processors that others want too that made steps ten
-    # times as long; sleeping ones wake up some microseconds later.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    openmp.set_defaults()
     from worker.model_executor import ModelExecutor
 
     assert model_dir is not None
