@@ -1,5 +1,5 @@
-"""`python -m bench.cpu_attention`: target C4. The worker's attention over scattered blocks against torch's over contiguous keys and
-values, both for one token a row; as lines of JSON. Heads of the 135M shape (9 query, 3 key-value, 64 wide), blocks of 16.
+"""`python -m bench.cpu_attention`: target C4. The worker's attention over scattered blocks against torch's over contiguous keys
+and values, both for one token a row; as a line of JSON. Heads of the 135M shape (9 query, 3 key-value, 64 wide), blocks of 16.
 
 A process of its own, as bench.cpu_limits is. What is worked out once a step (the plan) is shared by 30 layers; it counts as one
 thirtieth.

@@ -12,9 +12,9 @@ from __future__ import annotations
 import json
 import time
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from types import TracebackType
-from typing import Any, Generic, Literal, Protocol, Self, TypeVar
+from typing import Any, Self, TypeVar, Unpack
 
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc  # type: ignore[import-untyped]
@@ -30,101 +30,17 @@ from carousel.v1 import (
     tokenization_pb2_grpc,
 )
 from client.errors import CarouselError, error_of
+from client.many import Many
+from client.requests import Parameters, make_request
+from client.streams import GenerateStream, Stream
 
 MESSAGE_LIMIT = 64 << 20  # bytes of one message, either way; the server's too
 _ANSWER_S = 30.0  # unary calls answer at once; later than this, something is wrong
 _RETRY_S = 0.05
 _LOOPBACK = ("127.", "localhost", "[::1]", "unix:")
 
-PRIORITIES = {
-    "batch": generation_pb2.PRIORITY_CLASS_BATCH,
-    "normal": generation_pb2.PRIORITY_CLASS_NORMAL,
-    "interactive": generation_pb2.PRIORITY_CLASS_INTERACTIVE,
-}
-ON_TIMEOUT = {"partial": generation_pb2.ON_TIMEOUT_RETURN_PARTIAL, "fail": generation_pb2.ON_TIMEOUT_FAIL}
-
 MessageT = TypeVar("MessageT")
-MessageT_co = TypeVar("MessageT_co", covariant=True)
 RequestT = TypeVar("RequestT")
-
-
-class _Call(Protocol[MessageT_co]):
-    """A streaming call, as grpc returns it."""
-
-    def __iter__(self) -> Iterator[MessageT_co]: ...
-
-    def cancel(self) -> bool: ...
-
-
-class Stream(Generic[MessageT]):
-    """The messages of one streaming call, as they come. Leaving it early (`with`, close, dropping it) cancels the call."""
-
-    def __init__(self, call: _Call[MessageT], target: str) -> None:
-        self._call = call
-        self._messages = iter(call)
-        self._target = target
-        self._answered = False
-        self._closed = False
-
-    def __iter__(self) -> Self:
-        return self
-
-    def __next__(self) -> MessageT:
-        """The next message. Raises CarouselError when the call fails."""
-        try:
-            message = next(self._messages)
-        except grpc.RpcError as error:
-            if self._closed:
-                raise StopIteration from None
-            raise error_of(error, self._target, self._answered) from None
-        self._answered = True
-        return message
-
-    def close(self) -> None:
-        """Cancels the call if it still runs. May be called from another thread; the iteration then ends."""
-        self._closed = True
-        self._call.cancel()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self.close()
-
-    def __del__(self) -> None:
-        self.close()
-
-
-class GenerateStream(Stream[generation_pb2.GenerateResponse]):
-    """The events of one request: deltas, one Finished per output, one Summary at the end."""
-
-    def __init__(self, call: _Call[generation_pb2.GenerateResponse], target: str, request_id: str) -> None:
-        super().__init__(call, target)
-        self.request_id = request_id
-        self.finished: dict[int, generation_pb2.Finished] = {}  # by output_index, once they have come
-        self.summary: generation_pb2.Summary | None = None  # once it has come
-
-    def __next__(self) -> generation_pb2.GenerateResponse:
-        event = super().__next__()
-        match event.WhichOneof("event"):
-            case "finished":
-                self.finished[event.finished.output_index] = event.finished
-            case "summary":
-                self.summary = event.summary
-        return event
-
-    def text(self) -> Iterator[str]:
-        """The new text of output 0, piece by piece. Leaving the loop early cancels the request."""
-        for output_index, text in self.texts():
-            if output_index == 0:
-                yield text
-
-    def texts(self) -> Iterator[tuple[int, str]]:
-        """(output_index, new text) of all outputs, as they come. Leaving the loop early cancels the request."""
-        with self:
-            for event in self:
-                if event.delta.text:
-                    yield event.delta.output_index, event.delta.text
 
 
 class CarouselClient:
@@ -163,80 +79,24 @@ class CarouselClient:
     # ---------------------------------------------------------------------------------------------------- requests
 
     def generate(
-        self,
-        prompt: str | Sequence[int],
-        *,
-        request_id: str | None = None,
-        max_tokens: int | None = None,
-        min_tokens: int | None = None,
-        temperature: float | None = None,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        min_p: float | None = None,
-        repetition_penalty: float | None = None,
-        presence_penalty: float | None = None,
-        frequency_penalty: float | None = None,
-        logit_bias: Mapping[int, float] | None = None,
-        seed: int | None = None,
-        num_outputs: int | None = None,
-        stop: str | Sequence[str] = (),
-        stop_token_ids: Sequence[int] = (),
-        ignore_eos: bool | None = None,
-        echo: bool | None = None,
-        logprobs: int | None = None,
-        prompt_logprobs: int | None = None,
-        priority: Literal["batch", "normal", "interactive"] | None = None,
-        tenant: str | None = None,
-        max_time_ms: int | None = None,
-        on_timeout: Literal["partial", "fail"] | None = None,
-        cache_salt: str | None = None,
-        timeout_s: float | None = None,
+        self, prompt: str | Sequence[int], *, timeout_s: float | None = None, **parameters: Unpack[Parameters]
     ) -> GenerateStream:
-        """Sends a prompt (text, or token ids) and returns the stream of its events. None: the server's default.
+        """Sends a prompt (text, or token ids) and returns the stream of its events. timeout_s: the call's deadline.
 
-        For the fields that have no argument here, make a GenerateRequest and call `stream`. Raises ValueError or TypeError for
-        a value that its field can't hold; what the server refuses is raised as CarouselError by the first `next`.
+        For the fields that have no parameter, make a GenerateRequest and call `stream`. Raises ValueError or TypeError for a
+        value that its field can't hold; what the server refuses is raised as CarouselError by the first `next`.
         """
-        request = generation_pb2.GenerateRequest(
-            request_id=request_id,
-            sampling=generation_pb2.SamplingParams(
-                temperature=temperature,
-                top_k=top_k,
-                top_p=top_p,
-                min_p=min_p,
-                repetition_penalty=repetition_penalty,
-                presence_penalty=presence_penalty,
-                frequency_penalty=frequency_penalty,
-                logit_bias=logit_bias,
-                seed=seed,
-                num_outputs=num_outputs,
-            ),
-            stopping=generation_pb2.StoppingParams(
-                max_tokens=max_tokens,
-                min_tokens=min_tokens,
-                stop=[stop] if isinstance(stop, str) else stop,
-                stop_token_ids=stop_token_ids,
-                ignore_eos=ignore_eos,
-            ),
-            output=generation_pb2.OutputParams(echo=echo, logprobs=logprobs, prompt_logprobs=prompt_logprobs),
-            scheduling=generation_pb2.SchedulingParams(tenant=tenant, max_time_ms=max_time_ms, cache_salt=cache_salt),
-        )
-        if isinstance(prompt, str):
-            request.text = prompt
-        else:
-            request.token_ids.ids.extend(prompt)
-            request.token_ids.SetInParent()  # an empty prompt is sent as one, for the server to refuse
-        if priority is not None:
-            request.scheduling.priority = PRIORITIES[priority]
-        if on_timeout is not None:
-            request.scheduling.on_timeout = ON_TIMEOUT[on_timeout]
-        return self.stream(request, timeout_s)
+        return self.stream(make_request(prompt, **parameters), timeout_s)
 
     def stream(self, request: generation_pb2.GenerateRequest, timeout_s: float | None = None) -> GenerateStream:
         """Sends any GenerateRequest. One without an id gets one, so that it can be cancelled by it. timeout_s: its deadline."""
         if not request.request_id:
             request.request_id = str(uuid.uuid4())
         return GenerateStream(self._generation.Generate(request, timeout=timeout_s), self.target, request.request_id)
+
+    def generate_many(self, timeout_s: float | None = None) -> Many:
+        """One connection for many requests: many times the tokens a second of a call for each. timeout_s: its deadline."""
+        return Many(self._generation, self.target, timeout_s)
 
     def cancel(self, request_id: str, timeout_s: float = _ANSWER_S) -> generation_pb2.CancelOutcome.ValueType:
         """Ends a request by its id; says whether it was alive (CANCEL_OUTCOME_…). May be called again."""

@@ -23,9 +23,11 @@ import grpc
 
 from carousel.v1 import generation_pb2
 from client import control_commands
-from client.api import ON_TIMEOUT, PRIORITIES, CarouselClient, GenerateStream
+from client.api import CarouselClient
 from client.errors import CarouselError, ServerUnreachableError
 from client.printing import closed_pipe, harmless, to_json
+from client.requests import ON_TIMEOUT, PRIORITIES
+from client.streams import GenerateStream
 
 _INTERRUPTED = 130  # 128 + SIGINT
 _CANCEL_S = 2.0  # how long Ctrl-C waits for the server's word

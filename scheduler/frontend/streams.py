@@ -51,7 +51,7 @@ class Outlet:
         self.handle = -1  # once it is submitted
         self.ended: OutputEnded | None = None
         self.num_received = 0  # tokens, also those that are held back or left out
-        self.is_fresh = False  # the writer has not seen what is new
+        self.is_fresh = False  # it is in the inbox, or with the writer, who has not looked at it yet
         self._num_reported = 0  # of these, reported to the core as accepted
         self.logprobs: dict[int, Told] = {}  # of tokens that did not go out yet, by their place in the output
         self.stream = stream
@@ -94,36 +94,56 @@ class Outlet:
             core.credit(self.handle, unreported)
 
 
+class Inbox:
+    """Where a writer finds what is new: of one stream, or of many that share it."""
+
+    def __init__(self) -> None:
+        self._fresh: deque[Outlet] = deque()  # whose turn it is
+        self._failed: deque[Stream] = deque()
+        self._news = asyncio.Event()
+
+    def put(self, outlet: Outlet) -> None:
+        self._fresh.append(outlet)
+        self._news.set()
+
+    def put_failed(self, stream: Stream) -> None:
+        self._failed.append(stream)
+        self._news.set()
+
+    def ring(self) -> None:
+        """The writer looks, though nothing may be new."""
+        self._news.set()
+
+    async def wait(self) -> None:
+        """Until something is new."""
+        await self._news.wait()
+
+    def take(self) -> tuple[list[Outlet], list[Stream]]:
+        """All that is new: outputs, which stay fresh until each is looked at, and streams that were refused or lost."""
+        self._news.clear()
+        outlets, failed = list(self._fresh), list(self._failed)
+        self._fresh.clear()
+        self._failed.clear()
+        return outlets, failed
+
+
 class Stream:
     """A request, alive from its AddRequest until all its outputs have ended, it is refused, or its handler ends."""
 
-    def __init__(self, outputs: Sequence[Output], include_stop: bool, num_prompt: int = 0) -> None:
-        self.num_prompt = num_prompt  # tokens
-        self.prompt_logprobs: dict[int, Told] = {}  # by position
+    def __init__(self, outputs: Sequence[Output], include_stop: bool, num_prompt: int = 0, inbox: Inbox | None = None) -> None:
         self.outlets = [Outlet(self, index, output) for index, output in enumerate(outputs)]
         self.include_stop = include_stop
-        self._fresh: deque[Outlet] = deque()  # whose turn it is with the writer
-        self._error: RequestError | None = None
-        self._news = asyncio.Event()
-
-    async def next(self) -> Outlet:
-        """An output of which something is new, once there is one. Raises what ended the request if it was refused or lost."""
-        while self._error is None and not self._fresh:
-            self._news.clear()
-            await self._news.wait()
-        if self._error is not None:
-            raise self._error
-        outlet = self._fresh.popleft()
-        outlet.is_fresh = False
-        return outlet
+        self.num_prompt = num_prompt  # tokens
+        self.prompt_logprobs: dict[int, Told] = {}  # by position
+        self.error: RequestError | None = None  # why it was refused or lost
+        self.inbox = inbox or Inbox()
 
     def put(self, outlet: Outlet) -> None:
         """Something is new of this output."""
         if not outlet.is_fresh:
             outlet.is_fresh = True
-            self._fresh.append(outlet)
-            self._news.set()
+            self.inbox.put(outlet)
 
     def fail(self, error: RequestError) -> None:
-        self._error = error
-        self._news.set()
+        self.error = error
+        self.inbox.put_failed(self)

@@ -10,8 +10,9 @@ import grpc
 import pytest
 
 from carousel.v1 import generation_pb2 as pb
-from client.api import CarouselClient, GenerateStream
+from client.api import CarouselClient
 from client.errors import CarouselError
+from client.streams import GenerateStream
 from tests.helpers.checkpoints import make_checkpoint
 from tests.helpers.server import CAROUSEL, eventually, running
 from tests.helpers.streams import collect

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from client.api import CarouselClient, GenerateStream
+from client.api import CarouselClient
+from client.streams import GenerateStream
 from tests.helpers.checkpoints import make_checkpoint
 from tests.helpers.fake_hub import FakeHub
 from tests.helpers.server import CAROUSEL, Server, eventually, is_alive, kill, running

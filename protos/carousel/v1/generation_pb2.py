@@ -22,9 +22,10 @@ _runtime_version.ValidateProtobufRuntimeVersion(
 _sym_db = _symbol_database.Default()
 
 
+from google.protobuf import any_pb2 as google_dot_protobuf_dot_any__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1c\x63\x61rousel/v1/generation.proto\x12\x0b\x63\x61rousel.v1\"\xbb\x02\n\x0fGenerateRequest\x12\x17\n\nrequest_id\x18\x01 \x01(\tH\x01\x88\x01\x01\x12\x0e\n\x04text\x18\x02 \x01(\tH\x00\x12*\n\ttoken_ids\x18\x03 \x01(\x0b\x32\x15.carousel.v1.TokenIdsH\x00\x12-\n\x08sampling\x18\x04 \x01(\x0b\x32\x1b.carousel.v1.SamplingParams\x12-\n\x08stopping\x18\x05 \x01(\x0b\x32\x1b.carousel.v1.StoppingParams\x12)\n\x06output\x18\x06 \x01(\x0b\x32\x19.carousel.v1.OutputParams\x12\x31\n\nscheduling\x18\x07 \x01(\x0b\x32\x1d.carousel.v1.SchedulingParamsB\x08\n\x06promptB\r\n\x0b_request_id\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r\"\xee\x03\n\x0eSamplingParams\x12\x18\n\x0btemperature\x18\x01 \x01(\x02H\x00\x88\x01\x01\x12\x12\n\x05top_k\x18\x02 \x01(\rH\x01\x88\x01\x01\x12\x12\n\x05top_p\x18\x03 \x01(\x02H\x02\x88\x01\x01\x12\x12\n\x05min_p\x18\x04 \x01(\x02H\x03\x88\x01\x01\x12\x1f\n\x12repetition_penalty\x18\x05 \x01(\x02H\x04\x88\x01\x01\x12\x1d\n\x10presence_penalty\x18\x06 \x01(\x02H\x05\x88\x01\x01\x12\x1e\n\x11\x66requency_penalty\x18\x07 \x01(\x02H\x06\x88\x01\x01\x12>\n\nlogit_bias\x18\x08 \x03(\x0b\x32*.carousel.v1.SamplingParams.LogitBiasEntry\x12\x11\n\x04seed\x18\t \x01(\x04H\x07\x88\x01\x01\x12\x18\n\x0bnum_outputs\x18\n \x01(\rH\x08\x88\x01\x01\x1a\x30\n\x0eLogitBiasEntry\x12\x0b\n\x03key\x18\x01 \x01(\r\x12\r\n\x05value\x18\x02 \x01(\x02:\x02\x38\x01\x42\x0e\n\x0c_temperatureB\x08\n\x06_top_kB\x08\n\x06_top_pB\x08\n\x06_min_pB\x15\n\x13_repetition_penaltyB\x13\n\x11_presence_penaltyB\x14\n\x12_frequency_penaltyB\x07\n\x05_seedB\x0e\n\x0c_num_outputs\"\xda\x01\n\x0eStoppingParams\x12\x17\n\nmax_tokens\x18\x01 \x01(\rH\x00\x88\x01\x01\x12\x17\n\nmin_tokens\x18\x02 \x01(\rH\x01\x88\x01\x01\x12\x0c\n\x04stop\x18\x03 \x03(\t\x12\x16\n\x0estop_token_ids\x18\x04 \x03(\r\x12\x17\n\nignore_eos\x18\x05 \x01(\x08H\x02\x88\x01\x01\x12\x19\n\x0cinclude_stop\x18\x06 \x01(\x08H\x03\x88\x01\x01\x42\r\n\x0b_max_tokensB\r\n\x0b_min_tokensB\r\n\x0b_ignore_eosB\x0f\n\r_include_stop\"\x9c\x01\n\x0cOutputParams\x12\x11\n\x04text\x18\x01 \x01(\x08H\x00\x88\x01\x01\x12\x15\n\x08logprobs\x18\x02 \x01(\rH\x01\x88\x01\x01\x12\x1c\n\x0fprompt_logprobs\x18\x03 \x01(\rH\x02\x88\x01\x01\x12\x11\n\x04\x65\x63ho\x18\x04 \x01(\x08H\x03\x88\x01\x01\x42\x07\n\x05_textB\x0b\n\t_logprobsB\x12\n\x10_prompt_logprobsB\x07\n\x05_echo\"\xc8\x02\n\x10SchedulingParams\x12,\n\x08priority\x18\x01 \x01(\x0e\x32\x1a.carousel.v1.PriorityClass\x12\x13\n\x06tenant\x18\x02 \x01(\tH\x00\x88\x01\x01\x12\x18\n\x0bmax_time_ms\x18\x03 \x01(\rH\x01\x88\x01\x01\x12*\n\non_timeout\x18\x04 \x01(\x0e\x32\x16.carousel.v1.OnTimeout\x12\x17\n\ncache_salt\x18\x05 \x01(\tH\x02\x88\x01\x01\x12\x1d\n\x10resume_window_ms\x18\x06 \x01(\rH\x03\x88\x01\x01\x12\x1e\n\x11whole_by_deadline\x18\x07 \x01(\x08H\x04\x88\x01\x01\x42\t\n\x07_tenantB\x0e\n\x0c_max_time_msB\r\n\x0b_cache_saltB\x13\n\x11_resume_window_msB\x14\n\x12_whole_by_deadline\"\x94\x01\n\x10GenerateResponse\x12#\n\x05\x64\x65lta\x18\x01 \x01(\x0b\x32\x12.carousel.v1.DeltaH\x00\x12)\n\x08\x66inished\x18\x02 \x01(\x0b\x32\x15.carousel.v1.FinishedH\x00\x12\'\n\x07summary\x18\x03 \x01(\x0b\x32\x14.carousel.v1.SummaryH\x00\x42\x07\n\x05\x65vent\"\xaa\x01\n\x05\x44\x65lta\x12\x14\n\x0coutput_index\x18\x01 \x01(\r\x12\x14\n\x0ctoken_offset\x18\x02 \x01(\r\x12\x13\n\x0btext_offset\x18\x03 \x01(\x04\x12\x11\n\ttoken_ids\x18\x04 \x03(\r\x12\x0c\n\x04text\x18\x05 \x01(\t\x12,\n\x08logprobs\x18\x06 \x03(\x0b\x32\x1a.carousel.v1.TokenLogprobs\x12\x11\n\tis_prompt\x18\x07 \x01(\x08\"H\n\rTokenLogprobs\x12\x0f\n\x07logprob\x18\x01 \x01(\x02\x12&\n\x03top\x18\x02 \x03(\x0b\x32\x19.carousel.v1.TokenLogprob\"1\n\x0cTokenLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0f\n\x07logprob\x18\x02 \x01(\x02\"w\n\x08\x46inished\x12\x14\n\x0coutput_index\x18\x01 \x01(\r\x12)\n\x06reason\x18\x02 \x01(\x0e\x32\x19.carousel.v1.FinishReason\x12*\n\nstop_match\x18\x03 \x01(\x0b\x32\x16.carousel.v1.StopMatch\"8\n\tStopMatch\x12\x0e\n\x04stop\x18\x01 \x01(\tH\x00\x12\x12\n\x08token_id\x18\x02 \x01(\rH\x00\x42\x07\n\x05match\"e\n\x07Summary\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12!\n\x05usage\x18\x02 \x01(\x0b\x32\x12.carousel.v1.Usage\x12#\n\x06timing\x18\x03 \x01(\x0b\x32\x13.carousel.v1.Timing\"\x80\x01\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x15\n\rcached_tokens\x18\x02 \x01(\r\x12\x15\n\routput_tokens\x18\x03 \x01(\r\x12\x19\n\x11recomputed_tokens\x18\x04 \x01(\r\x12\x17\n\x0f\x61\x63\x63\x65pted_tokens\x18\x05 \x01(\r\"\xb2\x01\n\x06Timing\x12\x11\n\tqueued_ns\x18\x01 \x01(\x04\x12\x12\n\nprefill_ns\x18\x02 \x01(\x04\x12\x11\n\tdecode_ns\x18\x03 \x01(\x04\x12\x14\n\x0cpreempted_ns\x18\x04 \x01(\x04\x12\x1e\n\x16time_to_first_token_ns\x18\x05 \x01(\x04\x12\x13\n\x0bpreemptions\x18\x06 \x01(\r\x12\x15\n\rblock_seconds\x18\x07 \x01(\x01\x12\x0c\n\x04seed\x18\x08 \x01(\x04\"#\n\rCancelRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\"=\n\x0e\x43\x61ncelResponse\x12+\n\x07outcome\x18\x01 \x01(\x0e\x32\x1a.carousel.v1.CancelOutcome*\x84\x01\n\rPriorityClass\x12\x1e\n\x1aPRIORITY_CLASS_UNSPECIFIED\x10\x00\x12\x18\n\x14PRIORITY_CLASS_BATCH\x10\x01\x12\x19\n\x15PRIORITY_CLASS_NORMAL\x10\x02\x12\x1e\n\x1aPRIORITY_CLASS_INTERACTIVE\x10\x03*[\n\tOnTimeout\x12\x1a\n\x16ON_TIMEOUT_UNSPECIFIED\x10\x00\x12\x1d\n\x19ON_TIMEOUT_RETURN_PARTIAL\x10\x01\x12\x13\n\x0fON_TIMEOUT_FAIL\x10\x02*\xb1\x01\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x12\x1b\n\x17\x46INISH_REASON_CANCELLED\x10\x03\x12\x1a\n\x16\x46INISH_REASON_DEADLINE\x10\x04\x12\x17\n\x13\x46INISH_REASON_ERROR\x10\x05*\x90\x01\n\rCancelOutcome\x12\x1e\n\x1a\x43\x41NCEL_OUTCOME_UNSPECIFIED\x10\x00\x12\x1c\n\x18\x43\x41NCEL_OUTCOME_CANCELLED\x10\x01\x12#\n\x1f\x43\x41NCEL_OUTCOME_ALREADY_FINISHED\x10\x02\x12\x1c\n\x18\x43\x41NCEL_OUTCOME_NOT_FOUND\x10\x03\x32\x9a\x01\n\nGeneration\x12I\n\x08Generate\x12\x1c.carousel.v1.GenerateRequest\x1a\x1d.carousel.v1.GenerateResponse0\x01\x12\x41\n\x06\x43\x61ncel\x12\x1a.carousel.v1.CancelRequest\x1a\x1b.carousel.v1.CancelResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1c\x63\x61rousel/v1/generation.proto\x12\x0b\x63\x61rousel.v1\x1a\x19google/protobuf/any.proto\"\xbb\x02\n\x0fGenerateRequest\x12\x17\n\nrequest_id\x18\x01 \x01(\tH\x01\x88\x01\x01\x12\x0e\n\x04text\x18\x02 \x01(\tH\x00\x12*\n\ttoken_ids\x18\x03 \x01(\x0b\x32\x15.carousel.v1.TokenIdsH\x00\x12-\n\x08sampling\x18\x04 \x01(\x0b\x32\x1b.carousel.v1.SamplingParams\x12-\n\x08stopping\x18\x05 \x01(\x0b\x32\x1b.carousel.v1.StoppingParams\x12)\n\x06output\x18\x06 \x01(\x0b\x32\x19.carousel.v1.OutputParams\x12\x31\n\nscheduling\x18\x07 \x01(\x0b\x32\x1d.carousel.v1.SchedulingParamsB\x08\n\x06promptB\r\n\x0b_request_id\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r\"\xee\x03\n\x0eSamplingParams\x12\x18\n\x0btemperature\x18\x01 \x01(\x02H\x00\x88\x01\x01\x12\x12\n\x05top_k\x18\x02 \x01(\rH\x01\x88\x01\x01\x12\x12\n\x05top_p\x18\x03 \x01(\x02H\x02\x88\x01\x01\x12\x12\n\x05min_p\x18\x04 \x01(\x02H\x03\x88\x01\x01\x12\x1f\n\x12repetition_penalty\x18\x05 \x01(\x02H\x04\x88\x01\x01\x12\x1d\n\x10presence_penalty\x18\x06 \x01(\x02H\x05\x88\x01\x01\x12\x1e\n\x11\x66requency_penalty\x18\x07 \x01(\x02H\x06\x88\x01\x01\x12>\n\nlogit_bias\x18\x08 \x03(\x0b\x32*.carousel.v1.SamplingParams.LogitBiasEntry\x12\x11\n\x04seed\x18\t \x01(\x04H\x07\x88\x01\x01\x12\x18\n\x0bnum_outputs\x18\n \x01(\rH\x08\x88\x01\x01\x1a\x30\n\x0eLogitBiasEntry\x12\x0b\n\x03key\x18\x01 \x01(\r\x12\r\n\x05value\x18\x02 \x01(\x02:\x02\x38\x01\x42\x0e\n\x0c_temperatureB\x08\n\x06_top_kB\x08\n\x06_top_pB\x08\n\x06_min_pB\x15\n\x13_repetition_penaltyB\x13\n\x11_presence_penaltyB\x14\n\x12_frequency_penaltyB\x07\n\x05_seedB\x0e\n\x0c_num_outputs\"\xda\x01\n\x0eStoppingParams\x12\x17\n\nmax_tokens\x18\x01 \x01(\rH\x00\x88\x01\x01\x12\x17\n\nmin_tokens\x18\x02 \x01(\rH\x01\x88\x01\x01\x12\x0c\n\x04stop\x18\x03 \x03(\t\x12\x16\n\x0estop_token_ids\x18\x04 \x03(\r\x12\x17\n\nignore_eos\x18\x05 \x01(\x08H\x02\x88\x01\x01\x12\x19\n\x0cinclude_stop\x18\x06 \x01(\x08H\x03\x88\x01\x01\x42\r\n\x0b_max_tokensB\r\n\x0b_min_tokensB\r\n\x0b_ignore_eosB\x0f\n\r_include_stop\"\x9c\x01\n\x0cOutputParams\x12\x11\n\x04text\x18\x01 \x01(\x08H\x00\x88\x01\x01\x12\x15\n\x08logprobs\x18\x02 \x01(\rH\x01\x88\x01\x01\x12\x1c\n\x0fprompt_logprobs\x18\x03 \x01(\rH\x02\x88\x01\x01\x12\x11\n\x04\x65\x63ho\x18\x04 \x01(\x08H\x03\x88\x01\x01\x42\x07\n\x05_textB\x0b\n\t_logprobsB\x12\n\x10_prompt_logprobsB\x07\n\x05_echo\"\xc8\x02\n\x10SchedulingParams\x12,\n\x08priority\x18\x01 \x01(\x0e\x32\x1a.carousel.v1.PriorityClass\x12\x13\n\x06tenant\x18\x02 \x01(\tH\x00\x88\x01\x01\x12\x18\n\x0bmax_time_ms\x18\x03 \x01(\rH\x01\x88\x01\x01\x12*\n\non_timeout\x18\x04 \x01(\x0e\x32\x16.carousel.v1.OnTimeout\x12\x17\n\ncache_salt\x18\x05 \x01(\tH\x02\x88\x01\x01\x12\x1d\n\x10resume_window_ms\x18\x06 \x01(\rH\x03\x88\x01\x01\x12\x1e\n\x11whole_by_deadline\x18\x07 \x01(\x08H\x04\x88\x01\x01\x42\t\n\x07_tenantB\x0e\n\x0c_max_time_msB\r\n\x0b_cache_saltB\x13\n\x11_resume_window_msB\x14\n\x12_whole_by_deadline\"\x94\x01\n\x10GenerateResponse\x12#\n\x05\x64\x65lta\x18\x01 \x01(\x0b\x32\x12.carousel.v1.DeltaH\x00\x12)\n\x08\x66inished\x18\x02 \x01(\x0b\x32\x15.carousel.v1.FinishedH\x00\x12\'\n\x07summary\x18\x03 \x01(\x0b\x32\x14.carousel.v1.SummaryH\x00\x42\x07\n\x05\x65vent\"\xaa\x01\n\x05\x44\x65lta\x12\x14\n\x0coutput_index\x18\x01 \x01(\r\x12\x14\n\x0ctoken_offset\x18\x02 \x01(\r\x12\x13\n\x0btext_offset\x18\x03 \x01(\x04\x12\x11\n\ttoken_ids\x18\x04 \x03(\r\x12\x0c\n\x04text\x18\x05 \x01(\t\x12,\n\x08logprobs\x18\x06 \x03(\x0b\x32\x1a.carousel.v1.TokenLogprobs\x12\x11\n\tis_prompt\x18\x07 \x01(\x08\"H\n\rTokenLogprobs\x12\x0f\n\x07logprob\x18\x01 \x01(\x02\x12&\n\x03top\x18\x02 \x03(\x0b\x32\x19.carousel.v1.TokenLogprob\"1\n\x0cTokenLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0f\n\x07logprob\x18\x02 \x01(\x02\"w\n\x08\x46inished\x12\x14\n\x0coutput_index\x18\x01 \x01(\r\x12)\n\x06reason\x18\x02 \x01(\x0e\x32\x19.carousel.v1.FinishReason\x12*\n\nstop_match\x18\x03 \x01(\x0b\x32\x16.carousel.v1.StopMatch\"8\n\tStopMatch\x12\x0e\n\x04stop\x18\x01 \x01(\tH\x00\x12\x12\n\x08token_id\x18\x02 \x01(\rH\x00\x42\x07\n\x05match\"e\n\x07Summary\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12!\n\x05usage\x18\x02 \x01(\x0b\x32\x12.carousel.v1.Usage\x12#\n\x06timing\x18\x03 \x01(\x0b\x32\x13.carousel.v1.Timing\"\x80\x01\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x15\n\rcached_tokens\x18\x02 \x01(\r\x12\x15\n\routput_tokens\x18\x03 \x01(\r\x12\x19\n\x11recomputed_tokens\x18\x04 \x01(\r\x12\x17\n\x0f\x61\x63\x63\x65pted_tokens\x18\x05 \x01(\r\"\xb2\x01\n\x06Timing\x12\x11\n\tqueued_ns\x18\x01 \x01(\x04\x12\x12\n\nprefill_ns\x18\x02 \x01(\x04\x12\x11\n\tdecode_ns\x18\x03 \x01(\x04\x12\x14\n\x0cpreempted_ns\x18\x04 \x01(\x04\x12\x1e\n\x16time_to_first_token_ns\x18\x05 \x01(\x04\x12\x13\n\x0bpreemptions\x18\x06 \x01(\r\x12\x15\n\rblock_seconds\x18\x07 \x01(\x01\x12\x0c\n\x04seed\x18\x08 \x01(\x04\"\x9f\x01\n\x13GenerateManyRequest\x12%\n\x06submit\x18\x01 \x01(\x0b\x32\x13.carousel.v1.SubmitH\x00\x12,\n\x06\x63\x61ncel\x18\x02 \x01(\x0b\x32\x1a.carousel.v1.CancelRequestH\x00\x12(\n\x06\x63redit\x18\x03 \x01(\x0b\x32\x16.carousel.v1.AddCreditH\x00\x42\t\n\x07\x63ommand\"e\n\x06Submit\x12-\n\x07request\x18\x01 \x01(\x0b\x32\x1c.carousel.v1.GenerateRequest\x12\x1a\n\rwindow_tokens\x18\x02 \x01(\rH\x00\x88\x01\x01\x42\x10\n\x0e_window_tokens\"3\n\tAddCredit\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x12\n\nnum_tokens\x18\x02 \x01(\r\"A\n\x14GenerateManyResponse\x12)\n\x06\x65vents\x18\x01 \x03(\x0b\x32\x19.carousel.v1.RequestEvent\"\xcb\x01\n\x0cRequestEvent\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12#\n\x05\x64\x65lta\x18\x02 \x01(\x0b\x32\x12.carousel.v1.DeltaH\x00\x12)\n\x08\x66inished\x18\x03 \x01(\x0b\x32\x15.carousel.v1.FinishedH\x00\x12\'\n\x07summary\x18\x04 \x01(\x0b\x32\x14.carousel.v1.SummaryH\x00\x12%\n\x06\x66\x61iled\x18\x05 \x01(\x0b\x32\x13.carousel.v1.FailedH\x00\x42\x07\n\x05\x65vent\"b\n\x06\x46\x61iled\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0c\n\x04\x63ode\x18\x02 \x01(\x05\x12\x0f\n\x07message\x18\x03 \x01(\t\x12%\n\x07\x64\x65tails\x18\x04 \x03(\x0b\x32\x14.google.protobuf.Any\"#\n\rCancelRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\"=\n\x0e\x43\x61ncelResponse\x12+\n\x07outcome\x18\x01 \x01(\x0e\x32\x1a.carousel.v1.CancelOutcome*\x84\x01\n\rPriorityClass\x12\x1e\n\x1aPRIORITY_CLASS_UNSPECIFIED\x10\x00\x12\x18\n\x14PRIORITY_CLASS_BATCH\x10\x01\x12\x19\n\x15PRIORITY_CLASS_NORMAL\x10\x02\x12\x1e\n\x1aPRIORITY_CLASS_INTERACTIVE\x10\x03*[\n\tOnTimeout\x12\x1a\n\x16ON_TIMEOUT_UNSPECIFIED\x10\x00\x12\x1d\n\x19ON_TIMEOUT_RETURN_PARTIAL\x10\x01\x12\x13\n\x0fON_TIMEOUT_FAIL\x10\x02*\xb1\x01\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x12\x1b\n\x17\x46INISH_REASON_CANCELLED\x10\x03\x12\x1a\n\x16\x46INISH_REASON_DEADLINE\x10\x04\x12\x17\n\x13\x46INISH_REASON_ERROR\x10\x05*\x90\x01\n\rCancelOutcome\x12\x1e\n\x1a\x43\x41NCEL_OUTCOME_UNSPECIFIED\x10\x00\x12\x1c\n\x18\x43\x41NCEL_OUTCOME_CANCELLED\x10\x01\x12#\n\x1f\x43\x41NCEL_OUTCOME_ALREADY_FINISHED\x10\x02\x12\x1c\n\x18\x43\x41NCEL_OUTCOME_NOT_FOUND\x10\x03\x32\xf3\x01\n\nGeneration\x12I\n\x08Generate\x12\x1c.carousel.v1.GenerateRequest\x1a\x1d.carousel.v1.GenerateResponse0\x01\x12W\n\x0cGenerateMany\x12 .carousel.v1.GenerateManyRequest\x1a!.carousel.v1.GenerateManyResponse(\x01\x30\x01\x12\x41\n\x06\x43\x61ncel\x12\x1a.carousel.v1.CancelRequest\x1a\x1b.carousel.v1.CancelResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -33,50 +34,62 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._loaded_options = None
   _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_options = b'8\001'
-  _globals['_PRIORITYCLASS']._serialized_start=2740
-  _globals['_PRIORITYCLASS']._serialized_end=2872
-  _globals['_ONTIMEOUT']._serialized_start=2874
-  _globals['_ONTIMEOUT']._serialized_end=2965
-  _globals['_FINISHREASON']._serialized_start=2968
-  _globals['_FINISHREASON']._serialized_end=3145
-  _globals['_CANCELOUTCOME']._serialized_start=3148
-  _globals['_CANCELOUTCOME']._serialized_end=3292
-  _globals['_GENERATEREQUEST']._serialized_start=46
-  _globals['_GENERATEREQUEST']._serialized_end=361
-  _globals['_TOKENIDS']._serialized_start=363
-  _globals['_TOKENIDS']._serialized_end=386
-  _globals['_SAMPLINGPARAMS']._serialized_start=389
-  _globals['_SAMPLINGPARAMS']._serialized_end=883
-  _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_start=698
-  _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_end=746
-  _globals['_STOPPINGPARAMS']._serialized_start=886
-  _globals['_STOPPINGPARAMS']._serialized_end=1104
-  _globals['_OUTPUTPARAMS']._serialized_start=1107
-  _globals['_OUTPUTPARAMS']._serialized_end=1263
-  _globals['_SCHEDULINGPARAMS']._serialized_start=1266
-  _globals['_SCHEDULINGPARAMS']._serialized_end=1594
-  _globals['_GENERATERESPONSE']._serialized_start=1597
-  _globals['_GENERATERESPONSE']._serialized_end=1745
-  _globals['_DELTA']._serialized_start=1748
-  _globals['_DELTA']._serialized_end=1918
-  _globals['_TOKENLOGPROBS']._serialized_start=1920
-  _globals['_TOKENLOGPROBS']._serialized_end=1992
-  _globals['_TOKENLOGPROB']._serialized_start=1994
-  _globals['_TOKENLOGPROB']._serialized_end=2043
-  _globals['_FINISHED']._serialized_start=2045
-  _globals['_FINISHED']._serialized_end=2164
-  _globals['_STOPMATCH']._serialized_start=2166
-  _globals['_STOPMATCH']._serialized_end=2222
-  _globals['_SUMMARY']._serialized_start=2224
-  _globals['_SUMMARY']._serialized_end=2325
-  _globals['_USAGE']._serialized_start=2328
-  _globals['_USAGE']._serialized_end=2456
-  _globals['_TIMING']._serialized_start=2459
-  _globals['_TIMING']._serialized_end=2637
-  _globals['_CANCELREQUEST']._serialized_start=2639
-  _globals['_CANCELREQUEST']._serialized_end=2674
-  _globals['_CANCELRESPONSE']._serialized_start=2676
-  _globals['_CANCELRESPONSE']._serialized_end=2737
-  _globals['_GENERATION']._serialized_start=3295
-  _globals['_GENERATION']._serialized_end=3449
+  _globals['_PRIORITYCLASS']._serialized_start=3458
+  _globals['_PRIORITYCLASS']._serialized_end=3590
+  _globals['_ONTIMEOUT']._serialized_start=3592
+  _globals['_ONTIMEOUT']._serialized_end=3683
+  _globals['_FINISHREASON']._serialized_start=3686
+  _globals['_FINISHREASON']._serialized_end=3863
+  _globals['_CANCELOUTCOME']._serialized_start=3866
+  _globals['_CANCELOUTCOME']._serialized_end=4010
+  _globals['_GENERATEREQUEST']._serialized_start=73
+  _globals['_GENERATEREQUEST']._serialized_end=388
+  _globals['_TOKENIDS']._serialized_start=390
+  _globals['_TOKENIDS']._serialized_end=413
+  _globals['_SAMPLINGPARAMS']._serialized_start=416
+  _globals['_SAMPLINGPARAMS']._serialized_end=910
+  _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_start=725
+  _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_end=773
+  _globals['_STOPPINGPARAMS']._serialized_start=913
+  _globals['_STOPPINGPARAMS']._serialized_end=1131
+  _globals['_OUTPUTPARAMS']._serialized_start=1134
+  _globals['_OUTPUTPARAMS']._serialized_end=1290
+  _globals['_SCHEDULINGPARAMS']._serialized_start=1293
+  _globals['_SCHEDULINGPARAMS']._serialized_end=1621
+  _globals['_GENERATERESPONSE']._serialized_start=1624
+  _globals['_GENERATERESPONSE']._serialized_end=1772
+  _globals['_DELTA']._serialized_start=1775
+  _globals['_DELTA']._serialized_end=1945
+  _globals['_TOKENLOGPROBS']._serialized_start=1947
+  _globals['_TOKENLOGPROBS']._serialized_end=2019
+  _globals['_TOKENLOGPROB']._serialized_start=2021
+  _globals['_TOKENLOGPROB']._serialized_end=2070
+  _globals['_FINISHED']._serialized_start=2072
+  _globals['_FINISHED']._serialized_end=2191
+  _globals['_STOPMATCH']._serialized_start=2193
+  _globals['_STOPMATCH']._serialized_end=2249
+  _globals['_SUMMARY']._serialized_start=2251
+  _globals['_SUMMARY']._serialized_end=2352
+  _globals['_USAGE']._serialized_start=2355
+  _globals['_USAGE']._serialized_end=2483
+  _globals['_TIMING']._serialized_start=2486
+  _globals['_TIMING']._serialized_end=2664
+  _globals['_GENERATEMANYREQUEST']._serialized_start=2667
+  _globals['_GENERATEMANYREQUEST']._serialized_end=2826
+  _globals['_SUBMIT']._serialized_start=2828
+  _globals['_SUBMIT']._serialized_end=2929
+  _globals['_ADDCREDIT']._serialized_start=2931
+  _globals['_ADDCREDIT']._serialized_end=2982
+  _globals['_GENERATEMANYRESPONSE']._serialized_start=2984
+  _globals['_GENERATEMANYRESPONSE']._serialized_end=3049
+  _globals['_REQUESTEVENT']._serialized_start=3052
+  _globals['_REQUESTEVENT']._serialized_end=3255
+  _globals['_FAILED']._serialized_start=3257
+  _globals['_FAILED']._serialized_end=3355
+  _globals['_CANCELREQUEST']._serialized_start=3357
+  _globals['_CANCELREQUEST']._serialized_end=3392
+  _globals['_CANCELRESPONSE']._serialized_start=3394
+  _globals['_CANCELRESPONSE']._serialized_end=3455
+  _globals['_GENERATION']._serialized_start=4013
+  _globals['_GENERATION']._serialized_end=4256
 # @@protoc_insertion_point(module_scope)

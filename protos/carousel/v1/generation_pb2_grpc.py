@@ -39,6 +39,11 @@ class GenerationStub:
                 request_serializer=carousel_dot_v1_dot_generation__pb2.GenerateRequest.SerializeToString,
                 response_deserializer=carousel_dot_v1_dot_generation__pb2.GenerateResponse.FromString,
                 _registered_method=True)
+        self.GenerateMany = channel.stream_stream(
+                '/carousel.v1.Generation/GenerateMany',
+                request_serializer=carousel_dot_v1_dot_generation__pb2.GenerateManyRequest.SerializeToString,
+                response_deserializer=carousel_dot_v1_dot_generation__pb2.GenerateManyResponse.FromString,
+                _registered_method=True)
         self.Cancel = channel.unary_unary(
                 '/carousel.v1.Generation/Cancel',
                 request_serializer=carousel_dot_v1_dot_generation__pb2.CancelRequest.SerializeToString,
@@ -58,6 +63,15 @@ class GenerationServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def GenerateMany(self, request_iterator, context):
+        """Many requests over one connection, for gateways: submissions, cancels and credits go up, events of all of them come down,
+        many in a message. Each request ends with one Summary or one Failed. When the caller has closed its side, the call ends with
+        the last request; when the call is cancelled, all its requests are. Their time is max_time_ms; the call's deadline is its own.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Cancel(self, request, context):
         """Ends a request by its id. Idempotent: the answer says what was found.
         """
@@ -72,6 +86,11 @@ def add_GenerationServicer_to_server(servicer, server):
                     servicer.Generate,
                     request_deserializer=carousel_dot_v1_dot_generation__pb2.GenerateRequest.FromString,
                     response_serializer=carousel_dot_v1_dot_generation__pb2.GenerateResponse.SerializeToString,
+            ),
+            'GenerateMany': grpc.stream_stream_rpc_method_handler(
+                    servicer.GenerateMany,
+                    request_deserializer=carousel_dot_v1_dot_generation__pb2.GenerateManyRequest.FromString,
+                    response_serializer=carousel_dot_v1_dot_generation__pb2.GenerateManyResponse.SerializeToString,
             ),
             'Cancel': grpc.unary_unary_rpc_method_handler(
                     servicer.Cancel,
@@ -106,6 +125,33 @@ class Generation:
             '/carousel.v1.Generation/Generate',
             carousel_dot_v1_dot_generation__pb2.GenerateRequest.SerializeToString,
             carousel_dot_v1_dot_generation__pb2.GenerateResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GenerateMany(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_stream(
+            request_iterator,
+            target,
+            '/carousel.v1.Generation/GenerateMany',
+            carousel_dot_v1_dot_generation__pb2.GenerateManyRequest.SerializeToString,
+            carousel_dot_v1_dot_generation__pb2.GenerateManyResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -41,6 +41,11 @@ class GenerationStub:
     A reader that stops reading is waited for: once the transport's windows are full (about 100 KiB; some MiB where the reader's
     side widens them, as gRPC does unless its grpc.http2.bdp_probe is 0), and some tokens more, others are computed instead.
     """
+    GenerateMany: _grpc.StreamStreamMultiCallable[_generation_pb2.GenerateManyRequest, _generation_pb2.GenerateManyResponse]
+    """Many requests over one connection, for gateways: submissions, cancels and credits go up, events of all of them come down,
+    many in a message. Each request ends with one Summary or one Failed. When the caller has closed its side, the call ends with
+    the last request; when the call is cancelled, all its requests are. Their time is max_time_ms; the call's deadline is its own.
+    """
     Cancel: _grpc.UnaryUnaryMultiCallable[_generation_pb2.CancelRequest, _generation_pb2.CancelResponse]
     """Ends a request by its id. Idempotent: the answer says what was found."""
 
@@ -51,6 +56,11 @@ class GenerationAsyncStub(GenerationStub):
     """Streams the tokens of one request. Each message is one event: deltas, one Finished per output, one Summary at the end.
     A reader that stops reading is waited for: once the transport's windows are full (about 100 KiB; some MiB where the reader's
     side widens them, as gRPC does unless its grpc.http2.bdp_probe is 0), and some tokens more, others are computed instead.
+    """
+    GenerateMany: _aio.StreamStreamMultiCallable[_generation_pb2.GenerateManyRequest, _generation_pb2.GenerateManyResponse]  # type: ignore[assignment]
+    """Many requests over one connection, for gateways: submissions, cancels and credits go up, events of all of them come down,
+    many in a message. Each request ends with one Summary or one Failed. When the caller has closed its side, the call ends with
+    the last request; when the call is cancelled, all its requests are. Their time is max_time_ms; the call's deadline is its own.
     """
     Cancel: _aio.UnaryUnaryMultiCallable[_generation_pb2.CancelRequest, _generation_pb2.CancelResponse]  # type: ignore[assignment]
     """Ends a request by its id. Idempotent: the answer says what was found."""
@@ -65,6 +75,17 @@ class GenerationServicer(metaclass=_abc_1.ABCMeta):
         """Streams the tokens of one request. Each message is one event: deltas, one Finished per output, one Summary at the end.
         A reader that stops reading is waited for: once the transport's windows are full (about 100 KiB; some MiB where the reader's
         side widens them, as gRPC does unless its grpc.http2.bdp_probe is 0), and some tokens more, others are computed instead.
+        """
+
+    @_abc_1.abstractmethod
+    def GenerateMany(
+        self,
+        request_iterator: _MaybeAsyncIterator[_generation_pb2.GenerateManyRequest],
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_generation_pb2.GenerateManyResponse], _abc.AsyncIterator[_generation_pb2.GenerateManyResponse]]:
+        """Many requests over one connection, for gateways: submissions, cancels and credits go up, events of all of them come down,
+        many in a message. Each request ends with one Summary or one Failed. When the caller has closed its side, the call ends with
+        the last request; when the call is cancelled, all its requests are. Their time is max_time_ms; the call's deadline is its own.
         """
 
     @_abc_1.abstractmethod

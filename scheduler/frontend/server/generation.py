@@ -4,26 +4,26 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Sequence
+from collections.abc import AsyncIterator
 from concurrent.futures import Executor
 
-import msgspec
 import numpy as np
 
 from carousel.v1 import generation_pb2 as pb
 from carousel.v1.generation_pb2_grpc import GenerationServicer
 from kvcache import prefix_index
-from scheduler.errors import CancelledElsewhereError, DeadlineError, InvalidFieldError, UnavailableError
+from scheduler.errors import DeadlineError, InvalidFieldError, UnavailableError
 from scheduler.frontend.core_link import CoreLink
 from scheduler.frontend.defaults import ModelDefaults
-from scheduler.frontend.output import Output, Piece, StoppableOutput
-from scheduler.frontend.server.stats import FINISH_REASONS, timing, usage
-from scheduler.frontend.server.status import Context, answers_with_status, internal_error
+from scheduler.frontend.output import Output, StoppableOutput
+from scheduler.frontend.server.many import Many
+from scheduler.frontend.server.running import Running
+from scheduler.frontend.server.status import Context, answers_with_status
 from scheduler.frontend.stop_strings import StopStrings
-from scheduler.frontend.streams import Outlet, Stream, Told
+from scheduler.frontend.streams import Inbox, Stream
 from scheduler.frontend.tokenizer import Tokenizer
 from scheduler.frontend.validation import Options, check_id, check_options, check_prompt_length, check_token_ids
-from wire import AddHeader, AddRequest, CancelOutcome, EndReason, Facts, OutputEnded, RequestStats, WorkerFacts
+from wire import AddHeader, AddRequest, CancelOutcome, Facts, WorkerFacts
 
 _INLINE_CHARACTERS = 2_000  # shorter prompts are tokenized at once, well under a millisecond
 _OUTCOMES = {
@@ -48,22 +48,23 @@ class Generation(GenerationServicer):
 
     @answers_with_status
     async def Generate(self, request: pb.GenerateRequest, context: Context) -> None:  # type: ignore[override]
-        arrival_ns = time.monotonic_ns()
         self.num_active += 1
         try:
-            limits = worker_facts(self._link.facts)
-            options = check_options(request, limits, self._defaults)
-            deadline_ns = deadline(options, context.time_remaining(), arrival_ns)
-            prompt = await self._prompt(request, options, limits)
-            stream = Stream(self._outputs(options, prompt), options.include_stop, len(prompt))
-            self._link.submit(self._add_request(options, prompt, limits, arrival_ns, deadline_ns), stream)
+            running = await self._open(request, context.time_remaining(), Inbox())
             try:
-                echo = self._echo(request, options, prompt)
-                await _write(context, stream, options, echo, self._link)
-                _check_ends(stream, options, deadline_ns - arrival_ns)
-                await context.write(_summary(stream, options))
+                await _write(context, running, self._link)
             finally:
-                self._link.drop(stream)
+                self._link.drop(running.stream)
+        finally:
+            self.num_active -= 1
+
+    @answers_with_status
+    async def GenerateMany(  # type: ignore[override]
+        self, request: AsyncIterator[pb.GenerateManyRequest], context: Context
+    ) -> None:
+        self.num_active += 1
+        try:
+            await Many(self._link, lambda each, inbox: self._open(each, None, inbox), context).run(request)
         finally:
             self.num_active -= 1
 
@@ -72,6 +73,18 @@ class Generation(GenerationServicer):
         check_id("request_id", request.request_id)
         reply = await self._link.cancel(request.request_id)
         return pb.CancelResponse(outcome=_OUTCOMES[reply.outcome])
+
+    async def _open(self, request: pb.GenerateRequest, remaining_s: float | None, inbox: Inbox) -> Running:
+        """Checked, tokenized, handed to the core; to be dropped in the end. Raises RequestError."""
+        arrival_ns = time.monotonic_ns()
+        limits = worker_facts(self._link.facts)
+        options = check_options(request, limits, self._defaults)
+        deadline_ns = deadline(options, remaining_s, arrival_ns)
+        prompt = await self._prompt(request, options, limits)
+        stream = Stream(self._outputs(options, prompt), options.include_stop, len(prompt), inbox)
+        running = Running(options, stream, self._echo(request, options, prompt), deadline_ns - arrival_ns)
+        self._link.submit(self._add_request(options, prompt, limits, arrival_ns, deadline_ns), stream)
+        return running
 
     async def _prompt(self, request: pb.GenerateRequest, options: Options, limits: WorkerFacts) -> list[int]:
         """Raises InvalidFieldError."""
@@ -164,107 +177,25 @@ def deadline(options: Options, remaining_s: float | None, arrival_ns: int) -> in
 # ----------------------------------------------------------------------------------------------------------- the way out
 
 
-async def _write(context: Context, stream: Stream, options: Options, echo: pb.Delta | None, link: CoreLink) -> None:
+async def _write(context: Context, running: Running, link: CoreLink) -> None:
     """Until all outputs have ended. A write waits until the transport has taken it; meanwhile tokens gather in the stream."""
-    num_open = len(stream.outlets)
-    unechoed = set(range(num_open) if options.echo else range(1))
-    while num_open:
-        outlet = await stream.next()
-        if echo is not None and outlet.index in unechoed and (outlet.num_received or options.echo):
-            unechoed.discard(outlet.index)
-            echo.output_index = outlet.index
-            if outlet.num_received and options.sampling.prompt_logprobs >= 0 and not echo.logprobs:
-                _fill(echo, [stream.prompt_logprobs.get(position) for position in range(stream.num_prompt)])
-            await context.write(pb.GenerateResponse(delta=echo))
-        num_received, ended = outlet.num_received, outlet.ended
-        piece = outlet.output.take()
-        if piece is not None and (piece.tokens or options.text):
-            await context.write(_delta(outlet, piece, options))
-        outlet.accepted(num_received, link.report_after, link)
-        if ended is not None:  # before the piece was taken
-            await context.write(_finished(outlet.index, ended, outlet.output.stop_string))
-            num_open -= 1
+    events: list[pb.GenerateResponse] = []
 
+    def new() -> pb.GenerateResponse:
+        events.append(pb.GenerateResponse())
+        return events[-1]
 
-def _delta(outlet: Outlet, piece: Piece, options: Options) -> pb.GenerateResponse:
-    event = pb.GenerateResponse()
-    delta = event.delta  # filled in place: half the time of building it apart
-    delta.output_index, delta.token_offset = outlet.index, piece.token_offset
-    delta.token_ids.extend(piece.tokens)
-    if options.text:
-        delta.text_offset, delta.text = piece.text_offset, piece.text
-    if options.sampling.logprobs >= 0:
-        offset = piece.token_offset
-        _fill(delta, [outlet.logprobs.pop(offset + i) for i in range(len(piece.tokens))])
-    return event
-
-
-def _fill(delta: pb.Delta, told: Sequence[Told | None]) -> None:
-    """None: of a prompt's first token, which nothing precedes."""
-    for each in told:
-        entry = delta.logprobs.add()
-        if each is not None:
-            values, token_ids = each
-            entry.logprob = values[0]
-            for token_id, value in zip(token_ids[1:], values[1:], strict=True):
-                entry.top.add(token_id=token_id, logprob=value)
-
-
-def _finished(output_index: int, ended: OutputEnded, stop_string: str) -> pb.GenerateResponse:
-    finished = pb.Finished(output_index=output_index, reason=pb.FINISH_REASON_STOP)
-    if stop_string:  # whatever the core saw at the same time came later
-        finished.stop_match.stop = stop_string
-    elif ended.stop_token_id >= 0:
-        finished.stop_match.token_id = ended.stop_token_id
-    else:
-        finished.reason = FINISH_REASONS[ended.reason]
-    return pb.GenerateResponse(finished=finished)
-
-
-def _check_ends(stream: Stream, options: Options, allowed_ns: int) -> None:
-    """Raises the status of a request of which an output did not end by itself."""
-    for outlet in stream.outlets:
-        if outlet.ended is not None and not outlet.output.stop_string:
-            _check_end(outlet.ended, stream, options, allowed_ns)
-
-
-def _check_end(ended: OutputEnded, stream: Stream, options: Options, allowed_ns: int) -> None:
-    match ended.reason:
-        case EndReason.CANCELLED:
-            raise CancelledElsewhereError("the request was cancelled by its id")
-        case EndReason.DEADLINE if not options.partial_at_deadline:
-            allowed_ms, num_tokens = allowed_ns // 1_000_000, _total(stream).output_tokens
-            said = f"the request's time, {allowed_ms} ms, is over after {num_tokens} tokens"
-            raise DeadlineError(said, {"allowed_ms": str(allowed_ms), "output_tokens": str(num_tokens)})
-        case EndReason.UNAVAILABLE:
-            raise UnavailableError(ended.message or "the server is shutting down", reason="DRAINING")
-        case EndReason.ERROR:
-            raise internal_error(f"request {options.request_id!r} failed: {ended.message}")
-
-
-def _summary(stream: Stream, options: Options) -> pb.GenerateResponse:
-    stats = _total(stream)
-    summary = pb.Summary(request_id=options.request_id, usage=usage(stats), timing=timing(stats))
-    summary.timing.seed = options.sampling.seed
-    return pb.GenerateResponse(summary=summary)
-
-
-def _total(stream: Stream) -> RequestStats:
-    """Of all outputs, once they have ended: counts are summed; the prompt and the times are those of output 0."""
-    outputs = [_stats(outlet) for outlet in stream.outlets]
-    return msgspec.structs.replace(
-        outputs[0],
-        output_tokens=sum(stats.output_tokens for stats in outputs),
-        recomputed_tokens=sum(stats.recomputed_tokens for stats in outputs),
-        preemptions=sum(stats.preemptions for stats in outputs),
-        block_ns=sum(stats.block_ns for stats in outputs),
-    )
-
-
-def _stats(outlet: Outlet) -> RequestStats:
-    """The tokens that a stop string was found in count, those computed after it do not."""
-    assert outlet.ended is not None
-    stats = outlet.ended.stats
-    if not outlet.output.stop_string:
-        return stats
-    return msgspec.structs.replace(stats, output_tokens=min(stats.output_tokens, outlet.output.num_tokens))
+    stream = running.stream
+    while not running.has_ended:
+        await stream.inbox.wait()
+        outlets, _ = stream.inbox.take()
+        if stream.error is not None:
+            raise stream.error
+        for outlet in outlets:
+            num_received = running.take(outlet, new)
+            for event in events:
+                await context.write(event)
+            events.clear()
+            outlet.accepted(num_received, link.report_after, link)
+    running.summarize(new().summary)
+    await context.write(events.pop())

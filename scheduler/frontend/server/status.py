@@ -30,6 +30,11 @@ AnswerT = TypeVar("AnswerT")
 
 
 def to_status(error: RequestError) -> grpc.Status:
+    made: grpc.Status = rpc_status.to_status(status_message(error))
+    return made
+
+
+def status_message(error: RequestError) -> status_pb2.Status:
     """The status of a RequestError: BadRequest names its field, RetryInfo when to come again, ErrorInfo why, with numbers."""
     details: list[Message] = []
     if error.field:
@@ -46,8 +51,7 @@ def to_status(error: RequestError) -> grpc.Status:
         packed = AnyMessage()
         packed.Pack(detail)
         status.details.append(packed)
-    made: grpc.Status = rpc_status.to_status(status)
-    return made
+    return status
 
 
 def internal_error(what: str, *, exc_info: bool = False) -> RequestError:
