@@ -1,25 +1,26 @@
-"""`carousel serve` under a load from this process: all requests at once over gRPC, one stream each; and probes of its own.
+"""`carousel serve` under a load from this process: all requests at once over one gRPC connection; and probes of its own.
 
 Knows the client and bench.server; not what the others run.
 """
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import grpc
+
 from bench.cpu_workload import Outcome, Request, Times, peak_tree_bytes, single_rate, together_rate
 from bench.server import Server
-from client import CarouselClient
+from client import CarouselClient, CarouselError
 
 # An offline burst: nobody reads along, so prompts need not wait for the time between two tokens.
 OPTIONS = ("--device", "cpu", "--target-itl-ms", "0")
 _WARM_TOKENS = 8
+_CODES = {code.value[0]: code for code in grpc.StatusCode}
 
 
 @dataclass(frozen=True)
@@ -63,20 +64,16 @@ def probed(client: CarouselClient, probes: Probes) -> Probed:
 
 
 def _offer(client: CarouselClient, requests: Sequence[Request]) -> Times:
-    """Seconds of every request's tokens since all were offered."""
-    ready = threading.Barrier(len(requests) + 1)
-    begin = 0.0
-
-    def stream(request: Request) -> list[float]:
-        ready.wait()
-        times: list[float] = []
-        for event in client.generate(request.prompt_ids, max_tokens=request.max_tokens, temperature=0, ignore_eos=True):
-            if event.WhichOneof("event") == "delta":
-                times += [time.monotonic() - begin] * len(event.delta.token_ids)
-        return times
-
-    with ThreadPoolExecutor(len(requests)) as pool:
-        streams = [pool.submit(stream, request) for request in requests]
-        begin = time.monotonic()
-        ready.wait()
-        return [times.result() for times in streams]
+    """Seconds of every request's tokens since all were offered. Token ids only, as the others are asked for."""
+    times: dict[str, list[float]] = {}
+    begin = time.monotonic()
+    with client.generate_many() as many:
+        for request in requests:
+            asked = many.submit(request.prompt_ids, max_tokens=request.max_tokens, temperature=0, ignore_eos=True, text=False)
+            times[asked] = []
+        many.finish()
+        for event in many:
+            if event.HasField("failed"):
+                raise CarouselError(_CODES[event.failed.code], event.failed.message)
+            times[event.request_id] += [time.monotonic() - begin] * len(event.delta.token_ids)
+    return list(times.values())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import msgspec
 
 from scheduler.core import CoreConfig
+from scheduler.frontend.config import TlsFiles
 
 
 class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
@@ -31,6 +32,8 @@ class ServeConfig(msgspec.Struct, frozen=True, kw_only=True):
     host: str = "127.0.0.1"
     port: int = 50051
     frontends: int = 1
+    tls: TlsFiles | None = None
+    key_file: str = ""  # hashed keys of those who may call; empty: everybody may
     drain_timeout_s: float = 30.0
     log_level: str = "info"
     record: str = ""

@@ -91,6 +91,18 @@ class NotFoundError(RequestError):
     status = "NOT_FOUND"
 
 
+class UnauthenticatedError(RequestError):
+    """Nobody knows who calls."""
+
+    status = "UNAUTHENTICATED"
+
+
+class PermissionDeniedError(RequestError):
+    """It is known who calls, and that they may not."""
+
+    status = "PERMISSION_DENIED"
+
+
 class DeadlineError(RequestError):
     """The request's time is over."""
 

@@ -12,6 +12,7 @@ from scheduler.command import OneLineCommand
 from scheduler.config import ServeConfig
 from scheduler.core import CoreConfig
 from scheduler.core.config import TenantLimits
+from scheduler.frontend.config import TlsFiles
 
 
 @click.command(cls=OneLineCommand, context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
@@ -40,6 +41,15 @@ from scheduler.core.config import TenantLimits
 )
 @click.option("--host", default="127.0.0.1", help="Address to listen on.")
 @click.option("--port", type=click.IntRange(0, 65535), default=50051, help="Port to listen on; 0: any free one.")
+@click.option("--tls-cert", metavar="FILE", help="PEM certificate of this server: calls are encrypted. Needs --tls-key.")
+@click.option("--tls-key", metavar="FILE", help="Its private key, PEM without a password.")
+@click.option("--tls-client-ca", metavar="FILE", help="PEM certificates: clients must show one that these vouch for.")
+@click.option(
+    "--tokens",
+    metavar="FILE",
+    help="Who may call: hashed keys, a JSON object a line, each with sha256, tenant and, for Control and Inspect, admin;"
+    " `carousel token` makes them. Read at the start. [default: everybody may]",
+)
 @click.option("--frontends", type=click.IntRange(1, 64), default=1, help="Front-end processes that share the port.")
 @click.option(
     "--policy",
@@ -163,12 +173,23 @@ def config_from(options: dict[str, object]) -> ServeConfig:
         host=str(options["host"]),
         port=int(str(options["port"])),
         frontends=int(str(options["frontends"])),
+        tls=_tls(options),
+        key_file=str(options["tokens"] or ""),
         drain_timeout_s=float(str(options["drain_timeout"])),
         log_level=str(options["log_level"]),
         record=str(options["record"] or ""),
         record_limit_mib=float(str(options["record_limit_mib"] or 0)),
         worker_options=tuple(worker_options),
     )
+
+
+def _tls(options: dict[str, object]) -> TlsFiles | None:
+    certificate, key, client_ca = (str(options[name] or "") for name in ("tls_cert", "tls_key", "tls_client_ca"))
+    if not (certificate or key or client_ca):
+        return None
+    if not (certificate and key):
+        raise ValueError("TLS needs --tls-cert and --tls-key together; --tls-client-ca goes with them")
+    return TlsFiles(certificate=certificate, key=key, client_ca=client_ca)
 
 
 def _with_batch_limits(options: dict[str, object]) -> dict[str, object]:

@@ -6,6 +6,7 @@ imported, stay in this process's session, and die with it.
 
 from __future__ import annotations
 
+import ipaddress
 import logging
 import os
 import selectors
@@ -24,6 +25,8 @@ import msgspec
 
 from scheduler.config import EngineConfig, ServeConfig
 from scheduler.errors import StartError
+from scheduler.frontend import tls
+from scheduler.frontend.callers import Callers
 from scheduler.frontend.config import FrontendConfig
 from scheduler.model_files import resolve
 from scheduler.process import SUPERVISOR_PID, log_to_stderr
@@ -33,7 +36,6 @@ log = logging.getLogger(__name__)
 _KILL_AFTER_S = 5.0  # a child that was asked to stop is killed after this
 _BACK_OFF_S = (0.2, 0.5, 1, 2, 5, 10, 30)  # before the n-th restart in a row
 _STEADY_S = 60  # a child that ran this long starts again at the first back-off
-_LOOPBACK = ("127.", "localhost", "::1")
 
 
 @dataclass(slots=True)
@@ -101,6 +103,33 @@ def reserve_recording(path: str) -> None:
         raise StartError(f"--record {path}: {error.strerror}") from None
 
 
+def check_security(config: ServeConfig) -> None:
+    """Reads what the front ends will read. Raises StartError."""
+    if config.tls is not None:
+        tls.read(config.tls)
+    if config.key_file:
+        Callers.load(config.key_file)
+
+
+def is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def exposure(config: ServeConfig) -> str:
+    """What is open to others than this machine's users; empty: nothing."""
+    if is_loopback(config.host):
+        return ""
+    opens = []
+    if config.tls is None:
+        opens.append("without TLS (--tls-cert, --tls-key): everything can be read on the way, tokens too")
+    if not config.key_file and not (config.tls is not None and config.tls.client_ca):
+        opens.append("without authentication (--tokens, --tls-client-ca): anybody who reaches it can use it")
+    return f"listening on {config.host} {'; '.join(opens)}" if opens else ""
+
+
 class Supervisor:
     """The process `python -m scheduler`."""
 
@@ -148,6 +177,8 @@ class Supervisor:
             model_dir=str(self._model_dir),
             served_model_name=self.config.served_model_name,
             log_level=self.config.log_level,
+            tls=self.config.tls,
+            key_file=self.config.key_file,
         )
         command = [sys.executable, "-m", "scheduler", "frontend", msgspec.json.encode(config).decode()]
         return Child("frontend", command, may_restart=True)
@@ -257,9 +288,11 @@ class Supervisor:
 def serve(config: ServeConfig) -> int:
     """Runs the whole service in the foreground; returns the exit code."""
     log_to_stderr("carousel", config.log_level)
-    if not config.host.startswith(_LOOPBACK):
-        log.warning("listening on %s without TLS and without authentication: anybody who reaches it can use it", config.host)
+    warning = exposure(config)
+    if warning:
+        log.warning(warning)
     try:
+        check_security(config)
         supervisor = Supervisor(config)
     except StartError as error:
         print(f"carousel: {error}", file=sys.stderr)

@@ -33,7 +33,7 @@ def why_not(core: Core, add: AddRequest, frontend: int, now: int) -> Refused | N
     request = core.request(header.request_id)
     handles = range(header.handle, header.handle + header.num_outputs)
     if (request is not None and request.num_live) or any(core.has_handle(frontend, handle) for handle in handles):
-        return refused("ALREADY_EXISTS", f"request_id {header.request_id!r} is alive")
+        return refused("ALREADY_EXISTS", "a request with this request_id is alive")
     if not core.queue.knows(header.priority):
         return refused("INVALID_ARGUMENT", f"unknown priority class {header.priority}", "scheduling.priority")
     if num_prompt == 0:

@@ -1,8 +1,16 @@
-"""What a front end is told at its start; the supervisor hands it over as JSON."""
+"""What a front end is told at its start; the supervisor hands it over as JSON on the command line, so it holds no secret."""
 
 from __future__ import annotations
 
 import msgspec
+
+
+class TlsFiles(msgspec.Struct, frozen=True, kw_only=True):
+    """Paths of PEM files."""
+
+    certificate: str  # the server's, and after it those that vouch for it
+    key: str  # its private key, without a password
+    client_ca: str = ""  # who vouches for clients, all of which must show a certificate then; empty: none need one
 
 
 class FrontendConfig(msgspec.Struct, frozen=True, kw_only=True):
@@ -14,6 +22,8 @@ class FrontendConfig(msgspec.Struct, frozen=True, kw_only=True):
     model_dir: str  # holds config.json and the tokenizer
     served_model_name: str
     log_level: str = "info"
+    tls: TlsFiles | None = None  # None: in the clear
+    key_file: str = ""  # path of the hashed keys of those who may call (callers.py); empty: everybody may
     max_message_bytes: int = 64 << 20  # of one gRPC message, either way
     max_streams: int = 20_000  # calls at once on one connection, and calls that wait to be looked at
     tokenizer_threads: int = 2  # long prompts are tokenized beside the event loop

@@ -44,7 +44,7 @@ async def _serve(config: FrontendConfig, tokenizer: Tokenizer, templates: ChatTe
     try:
         grpc_server = server.Server(config, link, tokenizer, templates, model_defaults)
         port = await grpc_server.start()
-        log.info("listening on %s, port %d", config.host, port)
+        log.info("listening on %s, port %d, %s", config.host, port, "with TLS" if config.tls else "without TLS")
         await told_to_stop.wait()
         log.info("stopping")
         await grpc_server.stop(config.drain_timeout_s)

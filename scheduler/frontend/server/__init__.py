@@ -10,6 +10,7 @@ import grpc.aio
 from grpc_health.v1 import health_pb2, health_pb2_grpc  # type: ignore[import-untyped]
 from grpc_reflection.v1alpha import reflection  # type: ignore[import-untyped]
 
+from carousel.inference import grpc_service_pb2, grpc_service_pb2_grpc
 from carousel.v1 import (
     control_pb2,
     control_pb2_grpc,
@@ -21,14 +22,18 @@ from carousel.v1 import (
     tokenization_pb2_grpc,
 )
 from scheduler.errors import StartError
+from scheduler.frontend import tls
+from scheduler.frontend.callers import Callers
 from scheduler.frontend.chat_template import ChatTemplates
 from scheduler.frontend.config import FrontendConfig
 from scheduler.frontend.core_link import CoreLink
 from scheduler.frontend.defaults import ModelDefaults
+from scheduler.frontend.server.authentication import Authentication
 from scheduler.frontend.server.control import Control
 from scheduler.frontend.server.generation import Generation
 from scheduler.frontend.server.health import Health
 from scheduler.frontend.server.inspect import Inspect
+from scheduler.frontend.server.kserve import Inference
 from scheduler.frontend.server.tokenization import Tokenization
 from scheduler.frontend.tokenizer import Tokenizer
 
@@ -39,7 +44,12 @@ _SERVICES = tuple(
         (tokenization_pb2, "Tokenization"),
         (control_pb2, "Control"),
         (inspect_pb2, "Inspect"),
+        (grpc_service_pb2, "GRPCInferenceService"),
     )
+)
+_ADMIN = (
+    control_pb2.DESCRIPTOR.services_by_name["Control"].full_name,
+    inspect_pb2.DESCRIPTOR.services_by_name["Inspect"].full_name,
 )
 _STOCK = (health_pb2.DESCRIPTOR.services_by_name["Health"].full_name, reflection.SERVICE_NAME)
 _LAST_WORDS_S = 0.2  # what a status that is just being sent gets, and calls that never end by themselves
@@ -57,16 +67,19 @@ class Server:
         templates: ChatTemplates,
         defaults: ModelDefaults,
     ) -> None:
+        """Raises StartError."""
         self._config = config
         threads = ThreadPoolExecutor(config.tokenizer_threads, thread_name_prefix="tokenizer")
         self._generation = Generation(link, tokenizer, defaults, config.served_model_name, threads)
         self._health = Health(link, _SERVICES)
-        self._server = grpc.aio.server(options=_options(config))
+        self._server = grpc.aio.server(options=_options(config), interceptors=_interceptors(config))
         generation_pb2_grpc.add_GenerationServicer_to_server(self._generation, self._server)
         tokenization = Tokenization(tokenizer, templates, threads)
         tokenization_pb2_grpc.add_TokenizationServicer_to_server(tokenization, self._server)
         control_pb2_grpc.add_ControlServicer_to_server(Control(link, defaults, config.served_model_name), self._server)
         inspect_pb2_grpc.add_InspectServicer_to_server(Inspect(link), self._server)
+        inference = Inference(link, self._generation, config.served_model_name)
+        grpc_service_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(inference, self._server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         reflection.enable_server_reflection((*_SERVICES, *_STOCK), self._server)
         self._following: asyncio.Task[None] | None = None
@@ -75,13 +88,21 @@ class Server:
         """Returns the port. Raises StartError."""
         host = f"[{self._config.host}]" if ":" in self._config.host else self._config.host
         try:
-            port = self._server.add_insecure_port(f"{host}:{self._config.port}")
+            port = self._listen(f"{host}:{self._config.port}")
         except RuntimeError as error:
             raise StartError(f"can't listen on {host}:{self._config.port}: {error}") from None
         await self._health.tell()
         self._following = asyncio.create_task(self._health.follow())
         await self._server.start()
         return port
+
+    def _listen(self, address: str) -> int:
+        """Raises StartError, RuntimeError."""
+        if self._config.tls is None:
+            return self._server.add_insecure_port(address)
+        certificate, key, client_ca = tls.read(self._config.tls)
+        credentials = grpc.ssl_server_credentials([(key, certificate)], client_ca, require_client_auth=client_ca is not None)
+        return self._server.add_secure_port(address, credentials)
 
     async def stop(self, grace_s: float) -> None:
         """No new calls; streams of tokens get `grace_s` seconds to end, everything else ends with them."""
@@ -94,6 +115,11 @@ class Server:
             await asyncio.sleep(_POLL_S)
         await self._server.stop(min(grace_s, _LAST_WORDS_S))
         await stopping
+
+
+def _interceptors(config: FrontendConfig) -> list[grpc.aio.ServerInterceptor]:
+    """Raises StartError."""
+    return [Authentication(Callers.load(config.key_file), _ADMIN, _STOCK)] if config.key_file else []
 
 
 def _options(config: FrontendConfig) -> list[tuple[str, int]]:

@@ -10,8 +10,10 @@ from carousel.v1 import control_pb2 as pb
 from carousel.v1.control_pb2_grpc import ControlServicer
 from carousel.v1.generation_pb2 import PriorityClass
 from scheduler.errors import InvalidFieldError, NotFoundError, UnavailableError
+from scheduler.frontend.callers import clear_id, core_id
 from scheduler.frontend.core_link import CoreLink
 from scheduler.frontend.defaults import ModelDefaults
+from scheduler.frontend.server.authentication import caller
 from scheduler.frontend.server.stats import FINISH_REASONS, timing, usage
 from scheduler.frontend.server.status import Context, answers_with_status
 from scheduler.frontend.validation import check_id
@@ -130,7 +132,7 @@ class Control(ControlServicer):
     async def ExplainRequest(self, request: pb.ExplainRequestRequest, context: Context) -> pb.ExplainRequestResponse:
         check_id("request_id", request.request_id)
         started_ns = self._facts().started_ns
-        reply = await self._link.explain(request.request_id)
+        reply = await self._link.explain(core_id(caller(), request.request_id))
         if reply.explanation is None:
             raise NotFoundError(f"no request {request.request_id!r} is known: it never came, or has ended too long ago")
         return _explanation(reply.explanation, started_ns)
@@ -167,7 +169,7 @@ def _after(page_token: str) -> int:
 
 def _request(summary: RequestSummary, started_ns: int) -> pb.RequestSummary:
     return pb.RequestSummary(
-        request_id=summary.request_id,
+        request_id=clear_id(caller(), summary.request_id),
         state=_STATES[summary.state],
         tenant=summary.tenant,
         priority=PriorityClass.ValueType(summary.priority),
@@ -181,7 +183,7 @@ def _request(summary: RequestSummary, started_ns: int) -> pb.RequestSummary:
 
 def _explanation(told: Explanation, started_ns: int) -> pb.ExplainRequestResponse:
     response = pb.ExplainRequestResponse(
-        request_id=told.request_id,
+        request_id=clear_id(caller(), told.request_id),
         state=_STATES[told.state],
         tenant=told.tenant,
         priority=PriorityClass.ValueType(told.priority),
@@ -198,7 +200,7 @@ def _explanation(told: Explanation, started_ns: int) -> pb.ExplainRequestRespons
         preemptions=[
             pb.Preemption(
                 at_ns=max(0, preemption.at_ns - started_ns),
-                by_request_id=preemption.by_request_id,
+                by_request_id=clear_id(caller(), preemption.by_request_id),
                 lost_tokens=preemption.lost_tokens,
                 swapped=preemption.swapped,
             )

@@ -13,9 +13,11 @@ from carousel.v1 import generation_pb2 as pb
 from carousel.v1.generation_pb2_grpc import GenerationServicer
 from kvcache import prefix_index
 from scheduler.errors import DeadlineError, InvalidFieldError, UnavailableError
+from scheduler.frontend.callers import core_id, options_of
 from scheduler.frontend.core_link import CoreLink
 from scheduler.frontend.defaults import ModelDefaults
 from scheduler.frontend.output import Output, StoppableOutput
+from scheduler.frontend.server.authentication import caller
 from scheduler.frontend.server.many import Many
 from scheduler.frontend.server.running import Running
 from scheduler.frontend.server.status import Context, answers_with_status
@@ -62,23 +64,24 @@ class Generation(GenerationServicer):
     async def GenerateMany(  # type: ignore[override]
         self, request: AsyncIterator[pb.GenerateManyRequest], context: Context
     ) -> None:
-        self.num_active += 1
-        try:
-            await Many(self._link, lambda each, inbox: self._open(each, None, inbox), context).run(request)
-        finally:
-            self.num_active -= 1
+        """A connection without requests is not active: it does not hold up a drain."""
+
+        def count(more: int) -> None:
+            self.num_active += more
+
+        await Many(self._link, lambda each, inbox: self._open(each, None, inbox), context, count).run(request)
 
     @answers_with_status
     async def Cancel(self, request: pb.CancelRequest, context: Context) -> pb.CancelResponse:
         check_id("request_id", request.request_id)
-        reply = await self._link.cancel(request.request_id)
+        reply = await self._link.cancel(core_id(caller(), request.request_id))
         return pb.CancelResponse(outcome=_OUTCOMES[reply.outcome])
 
     async def _open(self, request: pb.GenerateRequest, remaining_s: float | None, inbox: Inbox) -> Running:
         """Checked, tokenized, handed to the core; to be dropped in the end. Raises RequestError."""
         arrival_ns = time.monotonic_ns()
         limits = worker_facts(self._link.facts)
-        options = check_options(request, limits, self._defaults)
+        options = options_of(caller(), check_options(request, limits, self._defaults))
         deadline_ns = deadline(options, remaining_s, arrival_ns)
         prompt = await self._prompt(request, options, limits)
         stream = Stream(self._outputs(options, prompt), options.include_stop, len(prompt), inbox)
@@ -127,7 +130,7 @@ class Generation(GenerationServicer):
         key = b"" if asks_prompt else prefix_index.root(self._served_model_name, "", options.cache_salt)  # "": no adapter
         header = AddHeader(
             handle=self._link.new_handle(options.num_outputs),
-            request_id=options.request_id,
+            request_id=core_id(caller(), options.request_id),
             arrival_ns=arrival_ns,
             priority=options.priority,
             max_tokens=options.max_tokens,

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from carousel.v1 import inspect_pb2 as pb
 from carousel.v1.inspect_pb2_grpc import InspectServicer
+from scheduler.frontend.callers import clear_id
 from scheduler.frontend.core_link import CoreLink
+from scheduler.frontend.server.authentication import caller
 from scheduler.frontend.server.status import Context, answers_with_status
 from wire import BlockTablesReply, StepRecord
 
@@ -40,7 +42,7 @@ def _response(record: StepRecord, skipped: int) -> pb.WatchStepsResponse:
         duration_ns=record.duration_ns,
         rows=[
             pb.StepRow(
-                request_id=row.request_id,
+                request_id=clear_id(caller(), row.request_id),
                 slot=row.slot,
                 num_tokens=row.num_tokens,
                 sampled=row.sampled,
@@ -52,7 +54,7 @@ def _response(record: StepRecord, skipped: int) -> pb.WatchStepsResponse:
             )
             for row in record.rows
         ],
-        leaves=[pb.StepLeave(request_id=request_id, reason=reason) for request_id, reason in record.leaves],
+        leaves=[pb.StepLeave(request_id=clear_id(caller(), core_id), reason=reason) for core_id, reason in record.leaves],
         held_blocks=record.held_blocks,
         total_blocks=record.total_blocks,
         kv_tokens=record.kv_tokens,
@@ -76,7 +78,7 @@ def _tables(reply: BlockTablesReply) -> pb.GetBlockTablesResponse:
         num_blocks=header.num_blocks,
         tables=[
             pb.BlockTable(
-                request_id=table.request_id,
+                request_id=clear_id(caller(), table.request_id),
                 output_index=table.output_index,
                 slot=table.slot,
                 computed_tokens=table.num_tokens,

@@ -7,7 +7,9 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 
 from carousel.v1 import generation_pb2 as pb
 from scheduler.errors import InvalidFieldError, RequestError
+from scheduler.frontend.callers import core_id
 from scheduler.frontend.core_link import CoreLink
+from scheduler.frontend.server.authentication import caller
 from scheduler.frontend.server.running import Running
 from scheduler.frontend.server.status import Context, internal_error, status_message
 from scheduler.frontend.streams import Inbox, Outlet, Stream
@@ -32,8 +34,9 @@ class _One:
 
 
 class Many:
-    def __init__(self, link: CoreLink, open_request: Open, context: Context) -> None:
-        self._link, self._open, self._context = link, open_request, context
+    def __init__(self, link: CoreLink, open_request: Open, context: Context, count: Callable[[int], None]) -> None:
+        """count: told how many more requests, or fewer, are under way."""
+        self._link, self._open, self._context, self._count = link, open_request, context, count
         self._inbox = Inbox()
         self._of_stream: dict[Stream, _One] = {}
         self._by_id: dict[str, _One] = {}
@@ -50,6 +53,7 @@ class Many:
             await reading
         finally:
             reading.cancel()
+            self._count(-len(self._of_stream))
             for stream in self._of_stream:
                 self._link.drop(stream)
 
@@ -84,6 +88,7 @@ class Many:
             self._refuse(request_id, internal_error("GenerateMany", exc_info=True))
         else:
             self._of_stream[one.running.stream] = self._by_id[request_id] = one
+            self._count(1)
 
     def _refuse(self, request_id: str, error: RequestError) -> None:
         self._early.append((request_id, error))
@@ -92,7 +97,7 @@ class Many:
     async def _cancel(self, request_id: str) -> None:
         """Its outputs end as cancelled. One that has ended, or never was here: nothing."""
         if request_id in self._by_id:
-            await self._link.cancel(request_id)
+            await self._link.cancel(core_id(caller(), request_id))
 
     def _credit(self, credit: pb.AddCredit) -> None:
         one = self._by_id.get(credit.request_id)
@@ -147,6 +152,7 @@ class Many:
             return
         request_id = one.running.options.request_id
         del self._by_id[request_id]
+        self._count(-1)
         try:
             if error is not None:
                 raise error
