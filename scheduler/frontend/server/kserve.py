@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import uuid
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Any
 
 from carousel.inference import grpc_service_pb2 as kserve
@@ -117,7 +117,7 @@ class Inference(GRPCInferenceServiceServicer):
     async def ModelStreamInfer(  # type: ignore[override]
         self, request: AsyncIterator[kserve.ModelInferRequest], context: Context
     ) -> None:
-        many = _Many(self, context)
+        many = _Many(self._model, self._translate, context)
         await self._generation.GenerateMany(many.commands(request), many)
 
     def _translate(self, request: kserve.ModelInferRequest) -> Asked:
@@ -150,21 +150,22 @@ class _Whole(_InPlaceOfContext):
 class _Many(_InPlaceOfContext):
     """Hands GenerateMany the requests, and writes what it writes as responses."""
 
-    def __init__(self, inference: Inference, context: Context) -> None:
+    def __init__(self, model: str, translate: Callable[[kserve.ModelInferRequest], Asked], context: Context) -> None:
+        """translate: raises RequestError."""
         super().__init__(context)
-        self._inference = inference
+        self._model, self._translate = model, translate
         self._alive: dict[str, _Answer] = {}  # by the id that GenerateMany knows
         self._writing = asyncio.Lock()  # two write: who reads the requests refuses some
 
     async def commands(self, requests: AsyncIterator[kserve.ModelInferRequest]) -> AsyncIterator[pb.GenerateManyRequest]:
         async for request in requests:
             try:
-                asked = self._inference._translate(request)
+                asked = self._translate(request)
             except RequestError as error:
-                await self._send(_failure(self._inference._model, request.id, error.message))
+                await self._send(_failure(self._model, request.id, error.message))
                 continue
             asked.request.request_id = str(uuid.uuid4())
-            self._alive[asked.request.request_id] = _Answer(self._inference._model, asked)
+            self._alive[asked.request.request_id] = _Answer(self._model, asked)
             yield pb.GenerateManyRequest(submit=pb.Submit(request=asked.request))
 
     async def write(self, response: pb.GenerateManyResponse) -> None:

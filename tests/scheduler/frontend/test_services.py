@@ -23,6 +23,7 @@ from wire import AddRequest, BlockTable, FrontendHello, WatchSteps
 SERVING = health_pb2.HealthCheckResponse.SERVING
 NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
 SERVICES = ["carousel.v1.Control", "carousel.v1.Generation", "carousel.v1.Inspect", "carousel.v1.Tokenization"]
+SERVICES += ["inference.GRPCInferenceService"]
 
 
 def request(request_id: str = "", max_tokens: int = 5) -> pb.GenerateRequest:
