@@ -32,7 +32,7 @@ from kvcache.sizing import (
 from kvcache.storage import KVStorage
 from wire import PlanHeader, ResultHeader, SamplingSpec, SequenceStart, StepPlan, StepResult, WorkerFacts
 from wire.messages import I32
-from worker import attention
+from worker import attention, compiled
 from worker.batch import build
 from worker.config import ConfigError, WorkerConfig
 from worker.executor import Answer, Deliver, failure
@@ -61,6 +61,7 @@ class ModelExecutor:
         """As told by a worker's options. Raises ModelError, SizingError or ConfigError."""
         device = _device(config.device)
         threads = _set_threads(config.threads) if device.type == "cpu" else 0
+        loops = compiled.load() if device.type == "cpu" else ""
         wished = ModelConfig.read(model_dir, config.max_model_len)
         dtype = _dtype(config.dtype, device, wished)
         _check_quantization(config, device)
@@ -74,7 +75,7 @@ class ModelExecutor:
         host_blocks = _host_blocks(config, pool, device)
         sizes = (shape.num_layers, pool.num_blocks, shape.num_kv_heads, pool.block_size, shape.head_dim)
         kv = KVStorage(*sizes, dtype, device, host_blocks)
-        facts = _facts(config, shape, pool, kv, dtype, device, threads, model.num_parameters)
+        facts = _facts(config, shape, pool, kv, dtype, device, threads, loops, model.num_parameters)
         executor = ModelExecutor(model, kv, facts, device)
         executor._rehearse()
         return executor
@@ -296,10 +297,12 @@ def _facts(
     dtype: torch.dtype,
     device: torch.device,
     threads: int,
+    loops: str,
     num_parameters: int,
 ) -> WorkerFacts:
     dtype_name, weights = str(dtype).removeprefix("torch."), _weights_name(dtype, config.quantization)
-    where = f"cpu ({threads} threads{_lacking()})" if device.type == "cpu" else torch.cuda.get_device_name(device)
+    loops = f", loops by {loops}" if loops else ""
+    where = f"cpu ({threads} threads{_lacking()}{loops})" if device.type == "cpu" else torch.cuda.get_device_name(device)
     swap = f", {format_bytes(kv.num_host_blocks * pool.block_bytes)} of host memory to swap to" if kv.num_host_blocks else ""
     size = f"{num_parameters / 1e9:.2f} B" if num_parameters >= 1e9 else f"{num_parameters / 1e6:.1f} M"
     return WorkerFacts(

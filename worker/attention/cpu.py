@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from worker.attention.base import AttentionInputs
-from worker.attention.singles import GatheredSingles, Queries, Singles, SparseSingles
+from worker.attention.singles import CompiledSingles, GatheredSingles, Queries, Singles, SparseSingles
 
 _MOST_SINGLES = 16  # tokens of a row that are taken one by one
 _PART = 128  # queries of a chunk that are computed together; each part skips what only later ones see
@@ -48,7 +48,7 @@ class _Plan:
 
 
 class CpuAttention:
-    def __init__(self, ways: Sequence[type[Singles]] = (SparseSingles, GatheredSingles)) -> None:
+    def __init__(self, ways: Sequence[type[Singles]] = (CompiledSingles, SparseSingles, GatheredSingles)) -> None:
         """`ways` to compute single queries, the best first; the first that can is taken."""
         self._ways = ways
 

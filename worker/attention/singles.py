@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
+from worker import compiled
 from worker.attention.base import AttentionInputs
 from worker.attention.torch_paged import TorchPagedAttention
 
@@ -45,6 +46,32 @@ class Singles(Protocol):
 
     def attend(self, q_THD: Tensor, kv_layer: Tensor, scale: float) -> Tensor:
         """[T, H, D], with the queries' results in their places and anything elsewhere; it is the caller's to write to."""
+
+
+# ---------------------------------------------------------------------------------------------------------------- compiled
+
+
+class CompiledSingles:
+    """By a loop over the blocks where they lie, for few queries of short contexts: one thread."""
+
+    _MOST = 6000  # keys that query heads see, together: about where two threads of the sparse products are as fast
+
+    def __init__(self, queries: Queries) -> None:
+        self._tokens, self._num_tokens = torch.from_numpy(queries.token), queries.num_tokens
+        self._tables = torch.from_numpy(queries.tables[queries.row].astype(np.int64))
+        self._lengths = torch.from_numpy(queries.length)
+
+    @classmethod
+    def of(cls, queries: Queries, num_heads: int, kv_layer: Tensor) -> CompiledSingles | None:
+        fits = compiled.is_loaded() and kv_layer.device.type == "cpu" and kv_layer.dtype == torch.float32
+        return cls(queries) if fits and int(queries.length.sum()) * num_heads <= cls._MOST else None
+
+    def attend(self, q_THD: Tensor, kv_layer: Tensor, scale: float) -> Tensor:
+        whole = len(self._tokens) == self._num_tokens
+        q_NHD = q_THD.contiguous() if whole else q_THD[self._tokens]
+        out_NHD = torch.empty(q_NHD.shape)
+        compiled.attend(q_NHD, kv_layer, self._tables, self._lengths, scale, out_NHD)
+        return out_NHD if whole else q_NHD.new_empty(self._num_tokens, *out_NHD.shape[1:]).index_copy_(0, self._tokens, out_NHD)
 
 
 # ------------------------------------------------------------------------------------------------------------------ sparse

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from worker import compiled
 from worker.weights import Weights
 
 
@@ -17,10 +18,14 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
+        if compiled.fits(x):
+            return compiled.rms_norm(x, self.weight, self.eps)
         return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
 
     def add(self, residual: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
         """residual + x, and its norm: the two that the next half of a layer needs. The residual is overwritten."""
+        if compiled.fits(x) and residual.is_contiguous():
+            return residual, compiled.add_rms_norm(residual, x, self.weight, self.eps)
         residual.add_(x)
         return residual, self(residual)
 

@@ -13,6 +13,7 @@ import math
 import torch
 from torch import Tensor
 
+from worker import compiled
 from worker.model_config import DefaultRope, LinearRope, Llama3Rope, LongRope, ModelConfig, Rope, YarnRope
 
 
@@ -33,8 +34,13 @@ class Rotary:
         return self._cos_LD[positions_T].unsqueeze(1), self._sin_LD[positions_T].unsqueeze(1)
 
 
-def rotate(x_THD: Tensor, cos_T1D: Tensor, sin_T1D: Tensor) -> Tensor:
-    """(a, b) → (a cos − b sin, b cos + a sin), a and b the halves of each head."""
+def rotate(x_TAD: Tensor, cos_T1D: Tensor, sin_T1D: Tensor, num_heads: int | None = None) -> Tensor:
+    """(a, b) → (a cos − b sin, b cos + a sin), a and b the halves of each of the first `num_heads` heads (None: of all):
+    [T, num_heads, D]."""
+    num_heads = x_TAD.shape[1] if num_heads is None else num_heads
+    if compiled.fits(x_TAD):
+        return compiled.rotate(x_TAD, cos_T1D, sin_T1D, num_heads)
+    x_THD = x_TAD[:, :num_heads]
     half = x_THD.shape[-1] // 2
     a, b = x_THD[..., :half], x_THD[..., half:]
     turned = torch.empty(x_THD.shape, dtype=torch.float32, device=x_THD.device)

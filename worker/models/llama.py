@@ -84,7 +84,7 @@ class Attention(nn.Module):
     ) -> Tensor:
         qkv_TAD = self.qkv(x_TC).view(len(x_TC), -1, self.head_dim)  # A = H + 2K
         v_TKD = qkv_TAD[:, self.num_heads + self.num_kv_heads :]
-        qk_TBD = rotate(qkv_TAD[:, : self.num_heads + self.num_kv_heads], *cos_sin)  # B = H + K
+        qk_TBD = rotate(qkv_TAD, *cos_sin, self.num_heads + self.num_kv_heads)  # B = H + K
         q_THD, k_TKD = qk_TBD[:, : self.num_heads], qk_TBD[:, self.num_heads :]
         attention.write(k_TKD, v_TKD, kv_layer, inputs)
         attended_THD = attention.attend(q_THD, kv_layer, inputs, self.head_dim**-0.5)

@@ -2,14 +2,34 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 
 from tests.helpers.attention_case import MIXED, Case, close
+from worker import compiled
 from worker.attention.cpu import CpuAttention
-from worker.attention.singles import GatheredSingles, Singles, SparseSingles
+from worker.attention.singles import CompiledSingles, GatheredSingles, Singles, SparseSingles
 
-WAYS = [pytest.param(SparseSingles, id="sparse"), pytest.param(GatheredSingles, id="gathered")]
+HAS_LOOPS = bool(compiled.load())
+WAYS = [
+    pytest.param(CompiledSingles, id="compiled", marks=pytest.mark.skipif(not HAS_LOOPS, reason="numba is not installed")),
+    pytest.param(SparseSingles, id="sparse"),
+    pytest.param(GatheredSingles, id="gathered"),
+]
+
+
+@pytest.fixture(autouse=True)
+def loops(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Compiled, and for any number of queries."""
+    compiled.load()
+    monkeypatch.setattr(CompiledSingles, "_MOST", 1 << 30)
+    yield
+    compiled.unload()
+
+
+compiled.unload()
 
 
 def by(way: type[Singles]) -> CpuAttention:
