@@ -352,9 +352,9 @@ def test_too_little_memory_is_said_before_anything_is_loaded(
 @pytest.mark.parametrize(
     ("capability", "vnni", "said"),
     [
-        ("AVX512", True, "cpu (1 threads);"),
-        ("AVX512", False, "cpu (1 threads, without VNNI);"),
-        ("AVX2", False, "cpu (1 threads, without AVX512 and VNNI);"),
+        ("AVX512", True, "cpu (1 threads"),
+        ("AVX512", False, "cpu (1 threads, without VNNI"),
+        ("AVX2", False, "cpu (1 threads, without AVX512 and VNNI"),
     ],
 )
 def test_a_processor_that_lacks_instructions_says_so_and_serves(
@@ -364,7 +364,8 @@ def test_a_processor_that_lacks_instructions_says_so_and_serves(
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
     monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: vnni)
     executor = ModelExecutor.of(config(quantization="int8"), checkpoint)
-    assert said in executor.facts.description and len(alone(executor, prompts[0])) == NUM_TOKENS
+    assert said in executor.facts.description and ("without" in said) == ("without" in executor.facts.description)
+    assert len(alone(executor, prompts[0])) == NUM_TOKENS
 
 
 def test_more_threads_than_processors_are_refused(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
