@@ -29,37 +29,39 @@ from carousel.v1 import (
     tokenization_pb2,
     tokenization_pb2_grpc,
 )
+from client.connection import File, open_channel
 from client.errors import CarouselError, error_of
 from client.many import Many
 from client.requests import Parameters, make_request
 from client.streams import GenerateStream, Stream
 
-MESSAGE_LIMIT = 64 << 20  # bytes of one message, either way; the server's too
 _ANSWER_S = 30.0  # unary calls answer at once; later than this, something is wrong
 _RETRY_S = 0.05
-_LOOPBACK = ("127.", "localhost", "[::1]", "unix:")
 
 MessageT = TypeVar("MessageT")
 RequestT = TypeVar("RequestT")
 
 
 class CarouselClient:
-    """A connection to one server. target: HOST:PORT. Connects with the first call; close it, or use `with`."""
+    """A connection to one server. target: HOST:PORT. Connects with the first call; close it, or use `with`.
 
-    def __init__(self, target: str = "127.0.0.1:50051") -> None:
+    tls_ca: a PEM file of certificates that vouch for the server's; calls are encrypted then. tls_cert, tls_key: PEM files of
+    the certificate to show to a server that wants one, and of its key. token: says who calls, where the server wants to know;
+    it can be read on the way unless calls are encrypted. Raises OSError for a file that can't be read, ValueError for what
+    can't be used.
+    """
+
+    def __init__(
+        self,
+        target: str = "127.0.0.1:50051",
+        *,
+        tls_ca: File | None = None,
+        tls_cert: File | None = None,
+        tls_key: File | None = None,
+        token: str | None = None,
+    ) -> None:
         self.target = target
-        options: list[tuple[str, int]] = [
-            ("grpc.max_send_message_length", MESSAGE_LIMIT),
-            ("grpc.max_receive_message_length", MESSAGE_LIMIT),
-            ("grpc.initial_reconnect_backoff_ms", 100),  # a server that is just starting is found at once
-            ("grpc.max_reconnect_backoff_ms", 2000),
-            # The transport takes 64 KiB of a stream that nobody reads, instead of up to some MB by probing: so the server
-            # hears soon that a reader has stopped, and computes for others.
-            ("grpc.http2.bdp_probe", 0),
-        ]
-        if target.startswith(_LOOPBACK):
-            options.append(("grpc.enable_http_proxy", 0))  # http_proxy is not meant for this machine
-        self._channel = grpc.insecure_channel(target, options)
+        self._channel = open_channel(target, tls_ca, tls_cert, tls_key, token)
         self._generation = generation_pb2_grpc.GenerationStub(self._channel)
         self._control = control_pb2_grpc.ControlStub(self._channel)
         self._tokenization = tokenization_pb2_grpc.TokenizationStub(self._channel)
@@ -172,9 +174,11 @@ class CarouselClient:
         request = control_pb2.ListRequestsRequest(page_size=page_size, page_token=page_token)
         return self._ask(self._control.ListRequests, request)
 
-    def explain(self, request_id: str) -> control_pb2.ExplainRequestResponse:
-        """Why a request waits, or where its time went. Raises CarouselError (NOT_FOUND)."""
-        return self._ask(self._control.ExplainRequest, control_pb2.ExplainRequestRequest(request_id=request_id))
+    def explain(self, request_id: str, tenant: str | None = None) -> control_pb2.ExplainRequestResponse:
+        """Why a request waits, or where its time went. tenant: whose it is, where that is not the token's own. Raises
+        CarouselError (NOT_FOUND)."""
+        request = control_pb2.ExplainRequestRequest(request_id=request_id, tenant=tenant)
+        return self._ask(self._control.ExplainRequest, request)
 
     # ------------------------------------------------------------------------------------------------------- start
 

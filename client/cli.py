@@ -22,9 +22,10 @@ import click
 import grpc
 
 from carousel.v1 import generation_pb2
-from client import control_commands
+from client import control_commands, token_command
 from client.api import CarouselClient
 from client.errors import CarouselError, ServerUnreachableError
+from client.options import on_a_server
 from client.printing import closed_pipe, harmless, to_json
 from client.requests import ON_TIMEOUT, PRIORITIES
 from client.streams import GenerateStream
@@ -33,6 +34,9 @@ _INTERRUPTED = 130  # 128 + SIGINT
 _CANCEL_S = 2.0  # how long Ctrl-C waits for the server's word
 _COUNT = click.IntRange(0)
 _MOST_OUTPUTS = 64  # of one request; the server's limit too
+# In grpc's words when somebody is there and the two can't agree; "Socket closed" is all that a side hears which lacks TLS, or a
+# certificate.
+_TLS_SIGNS = ("Socket closed", "Tls handshake", "verification check")
 _SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
 
 
@@ -79,6 +83,15 @@ def carousel() -> None:
 )
 @click.option("--host", metavar="ADDRESS", help="Address to listen on; 0.0.0.0: every one. [default: 127.0.0.1]")
 @click.option("--port", type=click.IntRange(0, 65535), metavar="N", help="Port to listen on; 0: a free one. [default: 50051]")
+@click.option("--tls-cert", metavar="FILE", help="PEM certificate of this server: calls are encrypted. Needs --tls-key.")
+@click.option("--tls-key", metavar="FILE", help="Its private key, PEM without a password.")
+@click.option("--tls-client-ca", metavar="FILE", help="PEM certificates: clients must show one that these vouch for.")
+@click.option(
+    "--tokens",
+    metavar="FILE",
+    help="Who may call: hashed keys, a JSON object a line, each with sha256, tenant and, for Control and Inspect, admin;"
+    " `carousel token` makes them. Read at the start. [default: everybody may]",
+)
 @click.option(
     "--policy",
     type=click.Choice(["continuous", "prefill_first", "static"]),
@@ -141,9 +154,10 @@ def carousel() -> None:
 @click.option(
     "--tenant",
     multiple=True,
-    metavar="NAME[:weight=N][:blocks=N]",
-    help="A tenant's share against the others' and the most KV blocks that it may hold; *: everybody who is not listed. May be"
-    " given several times. [default: equal shares for everybody]",
+    metavar="NAME[:LIMIT=N]…",
+    help="A tenant's limits: weight, its share against the others'; blocks, its most KV blocks; requests, most at a time; rate,"
+    " most a second; as in alice:weight=2:rate=10. *: everybody who is not listed. May be given several times. [default: equal"
+    " shares for everybody]",
 )
 @click.option(
     "--swap-gib", type=click.FloatRange(0), metavar="GIB", help="Host memory for preempted requests. [default: the worker's]"
@@ -247,7 +261,7 @@ def _logit_bias(_: click.Context, __: click.Parameter, value: str | None) -> dic
 )
 @click.option("--token-ids", callback=_token_ids, metavar="1,2,3", help="Token ids instead of text.")
 @click.argument("dash", required=False, metavar="[-]")
-@click.option("--target", default="127.0.0.1:50051", show_default=True, metavar="HOST:PORT", help="The server.")
+@on_a_server
 @click.option(
     "--max-tokens", type=click.IntRange(1), metavar="N", help="Most tokens to generate. [default: as many as the model allows]"
 )
@@ -302,7 +316,7 @@ def generate(
     file: str | None,
     token_ids: list[int] | None,
     dash: str | None,
-    target: str,
+    client: CarouselClient,
     timeout: float | None,
     as_json: bool,
     stats: bool,
@@ -327,7 +341,7 @@ def generate(
     started_s, request_id = time.monotonic(), str(uuid.uuid4())
     several = (parameters["num_outputs"] or 1) > 1
     output = _LabelledOutput() if several and not as_json else _Output(as_json)
-    with CarouselClient(target) as client, _CtrlC(lambda: _interrupted(client, request_id, output)):
+    with _CtrlC(lambda: _interrupted(client, request_id, output)):
         stream = _send(client, words, request_id, timeout, parameters)
         try:
             for event in stream:
@@ -491,7 +505,7 @@ def _say_stats(stream: GenerateStream, elapsed_s: float) -> None:
     )
 
 
-for _command in control_commands.COMMANDS:
+for _command in (*control_commands.COMMANDS, token_command.token):
     carousel.add_command(_command)
 
 
@@ -506,6 +520,10 @@ def _advice(error: CarouselError) -> str:
     """A failed call in one line that says what to do."""
     if isinstance(error, ServerUnreachableError):
         where, _, why = error.message.partition(": ")
+        if any(sign in why for sign in _TLS_SIGNS):
+            return (
+                f"{where} in the way it was asked: with or without TLS, and with which certificates? See --tls-ca, --tls-cert"
+            )
         why = why.rpartition(": ")[2].rstrip("]")  # grpc's chain of causes ends with the one that a person knows
         return f"{where} ({why}): start one with `carousel serve --model DIR`, or name another with --target HOST:PORT"
     text = error.message or "the server gave no reason"
@@ -514,6 +532,8 @@ def _advice(error: CarouselError) -> str:
             text = f"{field}: {text}" if description in text else f"{text}; {field}: {description}"
     if error.retry_after_s is not None:
         text += f"; try again in {error.retry_after_s:.3g} s"
+    if error.code is grpc.StatusCode.UNAUTHENTICATED:
+        text += "; give a token with --token or in CAROUSEL_TOKEN"
     if error.code is grpc.StatusCode.INTERNAL:
         text += "; the server's log says more"
     return f"{text} ({error.code.name})"

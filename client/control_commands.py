@@ -11,6 +11,7 @@ import click
 
 from carousel.v1 import control_pb2, generation_pb2, inspect_pb2
 from client.api import CarouselClient
+from client.options import on_a_server
 from client.printing import closed_pipe, to_json, write_line, write_table
 
 _SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
@@ -19,10 +20,10 @@ _BY_ITSELF = (generation_pb2.FINISH_REASON_LENGTH, generation_pb2.FINISH_REASON_
 _PAGE = 1000  # requests; the most that the server gives at once
 
 
-def _on_a_server(command: Callable[..., None]) -> Callable[..., int]:
+def _asking(command: Callable[..., None]) -> Callable[..., int]:
     """With the options that all of them have; returns the exit code."""
 
-    @click.option("--target", default="127.0.0.1:50051", show_default=True, metavar="HOST:PORT", help="The server.")
+    @on_a_server
     @click.option("--json", "as_json", is_flag=True, help="Print what the server says as JSON, an object a line.")
     @functools.wraps(command)
     def run(**parameters: Any) -> int:
@@ -45,14 +46,13 @@ def _utf8(context: click.Context, parameter: click.Parameter, value: str | None)
 
 @click.command(context_settings=_SETTINGS)
 @click.argument("name", required=False, callback=_utf8)
-@_on_a_server
-def policy(name: str | None, target: str, as_json: bool) -> None:
+@_asking
+def policy(name: str | None, client: CarouselClient, as_json: bool) -> None:
     """Say which scheduling policy is in force; with NAME, change it.
 
     NAME is continuous, prefill_first or static. It counts from the next step on; running requests go on.
     """
-    with CarouselClient(target) as client:
-        answer = control_pb2.SetPolicyResponse(policy=client.set_policy(name) if name else client.server_info().policy)
+    answer = control_pb2.SetPolicyResponse(policy=client.set_policy(name) if name else client.server_info().policy)
     write_line(to_json(answer) if as_json else answer.policy)
 
 
@@ -61,17 +61,16 @@ def policy(name: str | None, target: str, as_json: bool) -> None:
 
 @click.command(context_settings=_SETTINGS)
 @click.option("--limit", type=click.IntRange(1), default=100, show_default=True, metavar="N", help="Most requests to show.")
-@_on_a_server
-def requests(limit: int, target: str, as_json: bool) -> None:
+@_asking
+def requests(limit: int, client: CarouselClient, as_json: bool) -> None:
     """List the requests that are alive, oldest first."""
     rows, total = [], 0
-    with CarouselClient(target) as client:
-        for page in _pages(client, limit):
-            total = page.total_requests
-            for request in page.requests:
-                if as_json:
-                    write_line(to_json(request))
-                rows.append(_request_row(request, page.now_ns))
+    for page in _pages(client, limit):
+        total = page.total_requests
+        for request in page.requests:
+            if as_json:
+                write_line(to_json(request))
+            rows.append(_request_row(request, page.now_ns))
     if as_json:
         return
     if rows:
@@ -110,11 +109,11 @@ def _request_row(request: control_pb2.RequestSummary, now_ns: int) -> Sequence[o
 
 @click.command(context_settings=_SETTINGS)
 @click.argument("request_id", callback=_utf8)
-@_on_a_server
-def explain(request_id: str, target: str, as_json: bool) -> None:
+@click.option("--tenant", callback=_utf8, metavar="NAME", help="Whose request it is. [default: the token's tenant]")
+@_asking
+def explain(request_id: str, tenant: str | None, client: CarouselClient, as_json: bool) -> None:
     """Say why a request waits, or where its time went. The server remembers those that ended not long ago."""
-    with CarouselClient(target) as client:
-        told = client.explain(request_id)
+    told = client.explain(request_id, tenant)
     if as_json:
         write_line(to_json(told))
         return
@@ -184,11 +183,10 @@ def _preemption_rows(told: control_pb2.ExplainRequestResponse) -> Iterator[Seque
 
 
 @click.command(context_settings=_SETTINGS)
-@_on_a_server
-def blocks(target: str, as_json: bool) -> None:
+@_asking
+def blocks(client: CarouselClient, as_json: bool) -> None:
     """Show who holds which blocks of the KV cache, and how many are shared."""
-    with CarouselClient(target) as client:
-        told = client.block_tables()
+    told = client.block_tables()
     if as_json:
         write_line(to_json(told))
         return

@@ -118,7 +118,8 @@ class RefusedError(RequestError):
     def __init__(
         self, status: str, message: str, *, field: str = "", retry_after_ns: int = 0, metadata: Mapping[str, str] | None = None
     ) -> None:
-        reason = _REASONS.get(status, "")
+        metadata = dict(metadata or {})
+        reason = metadata.pop("reason", _REASONS.get(status, ""))
         super().__init__(message, field=field, retry_after_ns=retry_after_ns, reason=reason, metadata=metadata)
         self.status = status
 

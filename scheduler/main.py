@@ -93,9 +93,10 @@ from scheduler.frontend.config import TlsFiles
     "--tenant",
     "tenants",
     multiple=True,
-    metavar="NAME[:weight=N][:blocks=N]",
-    help="A tenant's share against the others' and its most KV blocks, may be given several times; *: everybody who is not"
-    " listed. Without *, once one is given, nobody else is served. [default: weight 1 and no quota for everybody]",
+    metavar="NAME[:LIMIT=N]…",
+    help="A tenant's limits: weight, its share against the others'; blocks, its most KV blocks; requests, most at a time; rate,"
+    " most a second. May be given several times; *: everybody who is not listed. Without *, once one is given, nobody else is"
+    " served. [default: weight 1 and no other limit for everybody]",
 )
 @click.option("--record", metavar="FILE", help="Write all that the core is told and plans, for `carousel replay`.")
 @click.option("--record-limit-mib", type=click.FloatRange(1), help="The recording ends at this size.")
@@ -217,13 +218,17 @@ def _check(options: dict[str, object]) -> None:
         raise ValueError("--record-limit-mib is the size of a recording: say where with --record FILE")
 
 
+_LIMITS = {"weight": "weight", "blocks": "max_blocks", "requests": "max_requests", "rate": "max_requests_per_s"}
+
+
 def _tenant(text: str) -> TenantLimits:
-    """NAME[:weight=N][:blocks=N]"""
+    """NAME, and its limits."""
     name, *limits = text.split(":")
     numbers: dict[str, int] = {}
     for limit in limits:
         key, _, number = limit.partition("=")
-        if key not in ("weight", "blocks") or key in numbers or not number.isdecimal():
-            raise ValueError(f"--tenant {text}: write it as NAME[:weight=N][:blocks=N], where N are whole numbers")
+        if key not in _LIMITS or key in numbers or not number.isdecimal():
+            form = "".join(f"[:{key}=N]" for key in _LIMITS)
+            raise ValueError(f"--tenant {text}: write it as NAME{form}, where N are whole numbers")
         numbers[key] = int(number)
-    return TenantLimits(name, numbers.get("weight", 1), numbers.get("blocks", 0))
+    return TenantLimits(name, **{_LIMITS[key]: number for key, number in numbers.items()})

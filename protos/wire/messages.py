@@ -355,7 +355,9 @@ class Refused(Header, tag="refused"):
     message: str
     field: str = ""  # the field of the public request that is wrong, for INVALID_ARGUMENT
     retry_after_ns: int = 0  # for RESOURCE_EXHAUSTED and UNAVAILABLE
-    details: dict[str, str] = {}  # numbers for ErrorInfo, such as estimate_ms
+    details: dict[
+        str, str
+    ] = {}  # numbers for ErrorInfo, such as estimate_ms; `reason`: its word, where the code leaves it open
 
 
 class RequestStats(Header):

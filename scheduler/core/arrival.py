@@ -51,7 +51,7 @@ def why_not(core: Core, add: AddRequest, frontend: int, now: int) -> Refused | N
     num_hashes = num_prompt // core.kv.block_size if header.hash_block_size == core.kv.block_size else None
     if num_hashes is not None and len(add.prefix_hashes) != num_hashes * 16:
         return refused("INTERNAL", f"{len(add.prefix_hashes)} bytes of hashes for {num_hashes} blocks")
-    return _not_large(core, add, refused) or _not_now(core, add, now, refused)
+    return _not_large(core, add, refused) or _not_of_this_tenant(core, add, now, refused) or _not_now(core, add, now, refused)
 
 
 def _not_large(core: Core, add: AddRequest, refused: Callable[..., Refused]) -> Refused | None:
@@ -72,6 +72,25 @@ def _not_large(core: Core, add: AddRequest, refused: Callable[..., Refused]) -> 
         f"the request needs {kv.blocks_for(wanted - 1)} blocks for {wanted} tokens, "
         f"{holder} {num_blocks} of {kv.block_size} tokens: ask for a lower max_tokens or send a shorter prompt",
     )
+
+
+def _not_of_this_tenant(core: Core, add: AddRequest, now: int, refused: Callable[..., Refused]) -> Refused | None:
+    """It has as many requests as it may have, or as many came in a second."""
+    tenants, name = core.tenants, add.header.tenant
+    tenant = tenants.index_of(name)
+    assert tenant is not None
+    most, wait_ns = int(tenants.max_requests[tenant]), tenants.wait_ns(tenant, now)
+    if 0 < most <= tenants.num_requests[tenant]:
+        after_ns = max(core.mean_end_interval() or _SECOND, _SECOND // 100)
+        refusal = refused("RESOURCE_EXHAUSTED", f"tenant {name!r} may have {most} requests at a time", retry_after_ns=after_ns)
+        refusal.details = {"reason": "TENANT_REQUESTS", "max_requests": str(most)}
+        return refusal
+    if wait_ns:
+        most = int(tenants.max_per_s[tenant])
+        refusal = refused("RESOURCE_EXHAUSTED", f"tenant {name!r} may send {most} requests a second", retry_after_ns=wait_ns)
+        refusal.details = {"reason": "TENANT_RATE", "max_requests_per_s": str(most)}
+        return refusal
+    return None
 
 
 def _not_now(core: Core, add: AddRequest, now: int, refused: Callable[..., Refused]) -> Refused | None:

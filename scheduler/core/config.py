@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+_MOST_PER_S = 1_000_000
 EVERY_TENANT = "*"  # stands for the tenants that have no entry of their own
 
 
@@ -14,12 +15,16 @@ class TenantLimits:
     name: str
     weight: int = 1  # its share of the tokens served, against the others' weights
     max_blocks: int = 0  # most blocks that its sequences may hold at a time, one that several share for each; 0: no quota
+    max_requests: int = 0  # most requests that it may have alive at a time, waiting or running; 0: no limit
+    max_requests_per_s: int = 0  # most a second, in the long run; so many may come at once; 0: no limit
 
     def __post_init__(self) -> None:
         if not self.name:
             raise ValueError('a tenant needs a name; "*" stands for all that are not listed')
-        if self.weight < 1 or self.max_blocks < 0:
-            raise ValueError(f"tenant {self.name!r}: weight is at least 1, max_blocks at least 0")
+        if self.weight < 1 or min(self.max_blocks, self.max_requests, self.max_requests_per_s) < 0:
+            raise ValueError(f"tenant {self.name!r}: weight is at least 1, all other limits at least 0")
+        if self.max_requests_per_s > _MOST_PER_S:
+            raise ValueError(f"tenant {self.name!r}: at most {_MOST_PER_S} requests a second can be counted")
 
 
 @dataclass(frozen=True, slots=True)

@@ -179,6 +179,7 @@ class Core:
         self._next_number += 1
         self._requests[header.request_id] = request
         self.tenants.enter(tenant)
+        self.tenants.count(tenant, now)
         latest_start = self._latest_start(request) if header.deadline_ns else 0
         shares = header.num_outputs > 1 and not self.policy.reserves_outputs
         for index in range(header.num_outputs):

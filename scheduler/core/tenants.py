@@ -18,6 +18,9 @@ from scheduler.core.config import EVERY_TENANT, CoreConfig, TenantLimits
 SCALE = 1 << 16  # counts of a weighted token at weight 1: 2^63 of them are 2 years of 1,000,000 output tokens a second
 MAX_IDLE = 10_000  # tenants without a request that are remembered, apart from those listed
 
+_SECOND = 1_000_000_000
+_COLUMNS = ("served", "weight", "max_blocks", "held_blocks", "num_requests", "max_requests", "max_per_s", "due_ns")
+
 I64 = NDArray[np.int64]
 
 
@@ -42,6 +45,9 @@ class Tenants:
         self.max_blocks: I64 = np.zeros(0, np.int64)  # 0: no quota
         self.held_blocks: I64 = np.zeros(0, np.int64)  # the core's to keep
         self.num_requests: I64 = np.zeros(0, np.int64)
+        self.max_requests: I64 = np.zeros(0, np.int64)  # 0: no limit
+        self.max_per_s: I64 = np.zeros(0, np.int64)  # 0: no limit
+        self.due_ns: I64 = np.zeros(0, np.int64)  # when the next request would come, if they came at equal distances
         for limits in self._limits.values():
             self._remember(limits.name, limits)
 
@@ -63,6 +69,18 @@ class Tenants:
         """One more request of this tenant lives."""
         self.num_requests[index] += 1
         self._idle.pop(index, None)
+
+    def wait_ns(self, index: int, now: int) -> int:
+        """Until one more request keeps to the tenant's number a second; 0: it may come now. A second's worth may come at once
+        (the generic cell rate algorithm, ITU-T I.371)."""
+        rate = int(self.max_per_s[index])
+        return max(0, int(self.due_ns[index]) - now - (_SECOND - _SECOND // rate)) if rate else 0
+
+    def count(self, index: int, now: int) -> None:
+        """A request was accepted."""
+        rate = int(self.max_per_s[index])
+        if rate:
+            self.due_ns[index] = max(int(self.due_ns[index]), now) + _SECOND // rate
 
     def leave(self, index: int) -> None:
         self.num_requests[index] -= 1
@@ -110,6 +128,9 @@ class Tenants:
         self.served[index] = 0
         self.weight[index] = limits.weight
         self.max_blocks[index] = limits.max_blocks
+        self.max_requests[index] = limits.max_requests
+        self.max_per_s[index] = limits.max_requests_per_s
+        self.due_ns[index] = 0
         return index
 
     def _forget(self) -> None:
@@ -122,7 +143,7 @@ class Tenants:
             heapq.heappush(self._free, index)
 
     def _grow(self, size: int) -> None:
-        for column in ("served", "weight", "max_blocks", "held_blocks", "num_requests"):
+        for column in _COLUMNS:
             wider = np.zeros(size, np.int64)
             old = getattr(self, column)
             wider[: len(old)] = old

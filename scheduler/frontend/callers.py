@@ -103,9 +103,10 @@ def options_of(caller: Caller | None, options: Options) -> Options:
     return replace(options, tenant=caller.tenant, cache_salt=f"{caller.tenant}{SEPARATOR}{salt}")
 
 
-def core_id(caller: Caller | None, request_id: str) -> str:
-    """A request's id as the core knows it: two tenants may use the same one, and neither reaches the other's."""
-    return request_id if caller is None else f"{caller.tenant}{SEPARATOR}{request_id}"
+def core_id(caller: Caller | None, request_id: str, tenant: str = "") -> str:
+    """A request's id as the core knows it: two tenants may use the same one, and neither reaches the other's. tenant: whose
+    request it is, where an admin asks; empty: the caller's."""
+    return request_id if caller is None else f"{tenant or caller.tenant}{SEPARATOR}{request_id}"
 
 
 def clear_id(caller: Caller | None, core_id: str) -> str:

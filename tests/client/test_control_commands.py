@@ -183,6 +183,12 @@ def test_what_was_given_up_is_computed_again_only_if_the_request_went_on(server,
     assert say("explain", "why")[-1].endswith(words)
 
 
+def test_an_admin_names_the_tenant_whose_request_is_explained(server, say):
+    server.explanations["why"] = explanation()
+    assert say("explain", "why", "--tenant", "team-a")[0] == say("explain", "why")[0]
+    assert server.explained.get().tenant == "team-a" and not server.explained.get().HasField("tenant")
+
+
 def test_json_of_an_explanation_is_the_message(server, say):
     server.explanations["why"] = explanation()
     [line] = say("explain", "why", "--json")

@@ -74,9 +74,9 @@ BAD: dict[str, tuple[pb.GenerateRequest, grpc.StatusCode, str]] = {
         "sampling.temperature",
     ),
     "not supported yet": (
-        request(lambda r: setattr(r.sampling, "presence_penalty", 0.5)),
+        request(lambda r: setattr(r.scheduling, "resume_window_ms", 5)),
         grpc.StatusCode.UNIMPLEMENTED,
-        "sampling.presence_penalty",
+        "scheduling.resume_window_ms",
     ),
     "no outputs": (
         request(lambda r: setattr(r.sampling, "num_outputs", 0)),

@@ -364,7 +364,7 @@ class FakeCore:
     def _add(self, peer: bytes, add: AddRequest) -> None:
         header, refused = add.header, self.refuse(add)
         if refused is None and any(output.request_id == header.request_id for output in self._outputs.values()):
-            refused = Refused(header.handle, "ALREADY_EXISTS", f"request_id {header.request_id!r} is alive")
+            refused = Refused(header.handle, "ALREADY_EXISTS", "a request with this request_id is alive")
         if refused is not None:
             self._send(peer, refused)
             return

@@ -106,6 +106,7 @@ class FakeServer(generation_pb2_grpc.GenerationServicer, control_pb2_grpc.Contro
         self.policy = "continuous"
         self.alive: list[control_pb2.RequestSummary] = []
         self.explanations: dict[str, control_pb2.ExplainRequestResponse] = {}  # by request_id
+        self.explained: queue.Queue[control_pb2.ExplainRequestRequest] = queue.Queue()
         self.tables = inspect_pb2.GetBlockTablesResponse()
         self.health = health.HealthServicer()
         options = [("grpc.so_reuseport", 0), ("grpc.max_receive_message_length", 64 << 20)]
@@ -174,6 +175,7 @@ class FakeServer(generation_pb2_grpc.GenerationServicer, control_pb2_grpc.Contro
         )
 
     def ExplainRequest(self, request, context):
+        self.explained.put(request)
         if request.request_id not in self.explanations:
             context.abort(grpc.StatusCode.NOT_FOUND, f"no request {request.request_id!r} is known")
         return self.explanations[request.request_id]

@@ -26,8 +26,15 @@ _OPTIONS = [("grpc.max_receive_message_length", 64 << 20), ("grpc.max_send_messa
 class Frontend:
     """A running front end and one connection to it."""
 
-    def __init__(self, model_dir: Path, core_endpoint: str, port: int | None = None, **options: Any) -> None:
-        """port: one that another front end listens on already."""
+    def __init__(
+        self,
+        model_dir: Path,
+        core_endpoint: str,
+        port: int | None = None,
+        credentials: grpc.ChannelCredentials | None = None,
+        **options: Any,
+    ) -> None:
+        """port: one that another front end listens on already. credentials: of the connection, where TLS is on."""
         self._reserved = ReservedPort("127.0.0.1", 0) if port is None else None
         port = self._reserved.port if self._reserved is not None else port
         assert port is not None
@@ -43,7 +50,10 @@ class Frontend:
         )
         command = [sys.executable, "-m", "scheduler", "frontend", msgspec.json.encode(config).decode()]
         self.process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=self._log, stderr=subprocess.STDOUT)
-        self.channel = grpc.insecure_channel(self.target, _OPTIONS)
+        if credentials is None:
+            self.channel = grpc.insecure_channel(self.target, _OPTIONS)
+        else:
+            self.channel = grpc.secure_channel(self.target, credentials, _OPTIONS)
         self.generation = generation_pb2_grpc.GenerationStub(self.channel)
         self.tokenization = tokenization_pb2_grpc.TokenizationStub(self.channel)
         self.control = control_pb2_grpc.ControlStub(self.channel)

@@ -33,7 +33,7 @@ def test_every_option_of_the_core_arrives() -> None:
         *("--policy", "prefill_first", "--max-batch-rows", "8", "--max-step-tokens", "128", "--static-batch-size", "4"),
         *("--max-queue-requests", "5", "--max-queue-tokens", "6", "--target-itl-ms", "12.5", "--max-preemptions", "7"),
         *("--max-unread-tokens", "9", "--no-prefix-caching", "--oldest-every", "3"),
-        *("--tenant", "a:weight=2:blocks=100", "--tenant", "b", "--tenant", "*:weight=1"),
+        *("--tenant", "a:rate=9:weight=2:blocks=100:requests=8", "--tenant", "b", "--tenant", "*:weight=1"),
     ).core
     assert core == CoreConfig(
         policy="prefill_first",
@@ -47,7 +47,7 @@ def test_every_option_of_the_core_arrives() -> None:
         max_unread_tokens=9,
         prefix_caching=False,
         oldest_every=3,
-        tenants=(TenantLimits("a", 2, 100), TenantLimits("b"), TenantLimits("*")),
+        tenants=(TenantLimits("a", 2, 100, 8, 9), TenantLimits("b"), TenantLimits("*")),
     )
 
 
@@ -100,9 +100,9 @@ def test_the_worker_gets_its_options() -> None:
         ("--record-limit-mib 5", "--record FILE"),
         ("--tenant a --tenant a:weight=2", "listed twice"),
         ("--tenant a:weight=0", "weight is at least 1"),
-        ("--tenant a:weigth=3", "NAME[:weight=N][:blocks=N]"),
-        ("--tenant a:weight=3:weight=4", "NAME[:weight=N][:blocks=N]"),
-        ("--tenant a:blocks=many", "NAME[:weight=N][:blocks=N]"),
+        ("--tenant a:weigth=3", "NAME[:weight=N][:blocks=N][:requests=N][:rate=N]"),
+        ("--tenant a:weight=3:weight=4", "NAME[:weight=N][:blocks=N][:requests=N][:rate=N]"),
+        ("--tenant a:blocks=many", "NAME[:weight=N][:blocks=N][:requests=N][:rate=N]"),
         ("--tenant :weight=3", "needs a name"),
     ],
 )

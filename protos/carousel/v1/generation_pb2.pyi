@@ -457,13 +457,17 @@ class SchedulingParams(_message.Message):
     priority: Global___PriorityClass.ValueType
     """Class of the request. Default NORMAL."""
     tenant: _builtins.str
-    """Whose share this counts against; 1 to 128 printable characters. Default: one shared by all who name none."""
+    """Whose share this counts against; 1 to 128 printable characters. Default: the token's tenant, and no other is allowed; where
+    no token is needed: one shared by all who name none.
+    """
     max_time_ms: _builtins.int
     """Most milliseconds from arrival to the last token; 1 or more. Default: the gRPC deadline; the sooner counts."""
     on_timeout: Global___OnTimeout.ValueType
     """What happens when that time is over. Default FAIL."""
     cache_salt: _builtins.str
-    """Keys the prefix cache: requests share blocks only with the same salt; at most 256 characters. Default: none."""
+    """Keys the prefix cache: requests share blocks only with the same salt; at most 256 characters. Default: the tenant where a
+    token is needed, and then only a tenant's own requests share any; else none.
+    """
     resume_window_ms: _builtins.int
     """Milliseconds that the request goes on after its stream dropped, to be attached again. Default 0: a drop cancels."""
     whole_by_deadline: _builtins.bool
@@ -891,7 +895,7 @@ class AddCredit(_message.Message):
     request_id: _builtins.str
     """The request."""
     num_tokens: _builtins.int
-    """Tokens taken since the last credit."""
+    """Tokens taken since the last credit; more than that is credit given ahead."""
     def __init__(
         self,
         *,

@@ -131,9 +131,11 @@ class Control(ControlServicer):
     @answers_with_status
     async def ExplainRequest(self, request: pb.ExplainRequestRequest, context: Context) -> pb.ExplainRequestResponse:
         check_id("request_id", request.request_id)
+        if request.HasField("tenant"):
+            check_id("tenant", request.tenant)
         started_ns = self._facts().started_ns
-        reply = await self._link.explain(core_id(caller(), request.request_id))
-        if reply.explanation is None:
+        reply = await self._link.explain(core_id(caller(), request.request_id, request.tenant))
+        if reply.explanation is None or request.tenant not in ("", reply.explanation.tenant):
             raise NotFoundError(f"no request {request.request_id!r} is known: it never came, or has ended too long ago")
         return _explanation(reply.explanation, started_ns)
 

@@ -25,7 +25,7 @@ class _One:
     def __init__(self, running: Running, window: int) -> None:
         self.running = running
         self.window = window  # tokens sent and not credited, at most; 0: no window
-        self.num_uncredited = 0
+        self.num_uncredited = 0  # negative: credit was given ahead
         self.waiting: set[Outlet] = set()  # of which something is new, and the window is full
 
     @property
@@ -103,7 +103,7 @@ class Many:
         one = self._by_id.get(credit.request_id)
         if one is None:
             return
-        one.num_uncredited = max(0, one.num_uncredited - credit.num_tokens)
+        one.num_uncredited -= credit.num_tokens
         if not one.is_full:
             waiting, one.waiting = one.waiting, set()
             for outlet in sorted(waiting, key=lambda outlet: outlet.index):

@@ -98,7 +98,7 @@ def test_the_same_request_id_is_refused_while_it_lives_and_taken_afterwards() ->
     core = driver()
     core.accepted([1], 2, request_id="twin")
     answer = refused(core.add([1], 2, request_id="twin", frontend=1))
-    assert answer.code == "ALREADY_EXISTS" and "'twin' is alive" in answer.message
+    assert answer.code == "ALREADY_EXISTS" and "with this request_id is alive" in answer.message
     core.finish()
     core.accepted([1], 2, request_id="twin")
     core.finish()

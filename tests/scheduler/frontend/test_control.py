@@ -125,8 +125,19 @@ def explanation(core: FakeCore, **changes: object) -> Explanation:
     return Explanation(**fields | changes)  # type: ignore[arg-type]
 
 
-def explain(frontend: Frontend, request_id: str = "why") -> pb.ExplainRequestResponse:
-    return frontend.control.ExplainRequest(pb.ExplainRequestRequest(request_id=request_id), timeout=PATIENCE_S)
+def explain(frontend: Frontend, request_id: str = "why", tenant: str | None = None) -> pb.ExplainRequestResponse:
+    return frontend.control.ExplainRequest(pb.ExplainRequestRequest(request_id=request_id, tenant=tenant), timeout=PATIENCE_S)
+
+
+def test_a_request_of_a_tenant_is_explained_as_no_other_tenants(core: FakeCore, frontend: Frontend) -> None:
+    core.explanations["why"] = explanation(core)
+    assert explain(frontend, tenant="team-a").tenant == "team-a"
+    with pytest.raises(grpc.RpcError) as raised:
+        explain(frontend, tenant="team-b")
+    assert raised.value.code() is grpc.StatusCode.NOT_FOUND
+    with pytest.raises(grpc.RpcError) as raised:
+        explain(frontend, tenant="")
+    assert raised.value.code() is grpc.StatusCode.INVALID_ARGUMENT
 
 
 def test_all_of_an_explanation_is_told(core: FakeCore, frontend: Frontend) -> None:

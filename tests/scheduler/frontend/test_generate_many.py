@@ -4,14 +4,12 @@ leaves the others alone."""
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 
 import grpc
 from google.rpc import error_details_pb2
 
 from carousel.v1 import generation_pb2 as pb
 from client.many import Many
-from scheduler.frontend.tokenizer import Tokenizer
 from tests.helpers.fake_core import FakeCore
 from tests.helpers.frontend import Frontend
 from tests.helpers.streams import Got, make
@@ -157,7 +155,7 @@ def test_a_connection_that_goes_away_drops_its_requests(core: FakeCore, frontend
         core.wait_for(AbortRequest, lambda abort, add=add: abort.handle == add.header.handle)
 
 
-def test_a_window_holds_up_its_own_request_only(core: FakeCore, frontend: Frontend, model_dir: Path) -> None:
+def test_a_window_holds_up_its_own_request_only(core: FakeCore, frontend: Frontend) -> None:
     """Nobody gives credit for "slow": after its window nothing of it comes, and "fast" ends."""
     core.script = lambda add: iter(range(50, 400))
     slow = make("fox", request_id="slow", max_tokens=200, stop=["\x00never"])
@@ -176,7 +174,6 @@ def test_a_window_holds_up_its_own_request_only(core: FakeCore, frontend: Fronte
             collected.take(event)
     output = collected.got["slow"].outputs[0]
     assert output.tokens == list(range(50, 250)) and collected.got["slow"].summary is not None
-    assert output.text and Tokenizer.load(model_dir).decode(output.tokens)
 
 
 def test_the_client_gives_credit_by_itself(core: FakeCore, frontend: Frontend) -> None:

@@ -70,6 +70,12 @@ def test_the_reason_carries_its_numbers() -> None:
     assert (info.reason, info.domain, dict(info.metadata)) == ("DEADLINE", "carousel.v1", {"estimate_ms": "350"})
 
 
+def test_the_core_may_say_the_reason_itself() -> None:
+    error = RefusedError("RESOURCE_EXHAUSTED", "too many", metadata={"reason": "TENANT_RATE", "max_requests_per_s": "5"})
+    assert (error.reason, error.metadata) == ("TENANT_RATE", {"max_requests_per_s": "5"})
+    assert RefusedError("RESOURCE_EXHAUSTED", "full", metadata={}).reason == "QUEUE_FULL"
+
+
 @pytest.mark.parametrize("error", [ValueError("the stream is closed"), asyncio.CancelledError()])
 def test_an_exception_after_the_reader_has_gone_is_a_cancelled_call(
     error: BaseException, caplog: pytest.LogCaptureFixture
