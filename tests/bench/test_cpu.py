@@ -47,7 +47,7 @@ def test_carousel_and_static_batches_side_by_side(checkpoint: Path, capsys: pyte
     assert (carousel["requests"], carousel["output_tokens"]) == (6, line["output_tokens"])
     assert (static["requests"], static["note"]) == (4, "the first 4 of 6 requests")
     assert all(run["limit_share"] > 0 and run["peak_bytes"] > 1 << 26 for run in (carousel, static))
-    assert [shown.target for shown in targets(report)] == ["C1", "C1", "C3", "C3"]
+    assert [shown.target for shown in targets(report)] == ["C1", "C1", "C3", "C3", *["C4"] * 4]
     show(report, console())
     shown = capsys.readouterr().out
     assert "of limit" in shown and "its bound" in shown and "the first 4 of 6 requests" in shown
