@@ -55,6 +55,12 @@ class InvalidFieldError(RequestError):
         self.description = message
 
 
+class UnreadableMessageError(RequestError):
+    """A message of a stream that is none of its type."""
+
+    status = "INVALID_ARGUMENT"
+
+
 class UnsupportedFieldError(RequestError):
     """A field that this server can't honour."""
 

@@ -13,11 +13,11 @@ import grpc
 import grpc.aio
 from google.protobuf.any_pb2 import Any as AnyMessage
 from google.protobuf.duration_pb2 import Duration
-from google.protobuf.message import Message
+from google.protobuf.message import DecodeError, Message
 from google.rpc import error_details_pb2, status_pb2  # type: ignore[import-untyped]
 from grpc_status import rpc_status  # type: ignore[import-untyped]
 
-from scheduler.errors import RequestError
+from scheduler.errors import RequestError, UnreadableMessageError
 
 log = logging.getLogger(__name__)
 
@@ -75,9 +75,11 @@ def answers_with_status(
         try:
             return await handler(servicer, request, context)
         except RequestError as error:
-            failure = error
+            failure: RequestError = error
         except (asyncio.CancelledError, grpc.aio.AbortError):
             raise
+        except DecodeError:
+            failure = UnreadableMessageError("a message of this stream can't be read: is it of another version?")
         except Exception:
             if context.done():  # written to a reader that has just gone
                 raise asyncio.CancelledError from None

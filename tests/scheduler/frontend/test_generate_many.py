@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import grpc
+import pytest
 from google.rpc import error_details_pb2
 
 from carousel.v1 import generation_pb2 as pb
@@ -199,3 +200,11 @@ def test_our_own_fault_fails_the_request_with_an_id_of_the_log(core: FakeCore, f
         collected = collect(many)
     failed = collected.failed["a"]
     assert grpc_code(failed.code) is grpc.StatusCode.INTERNAL and "out of luck" not in failed.message
+
+
+def test_a_message_that_can_not_be_read_ends_the_connection_and_is_no_fault_of_ours(frontend: Frontend, core: FakeCore) -> None:
+    call = frontend.channel.stream_stream("/carousel.v1.Generation/GenerateMany")(iter([b"\xff\xff\xff"]), timeout=20)
+    with pytest.raises(grpc.RpcError) as caught:
+        list(call)
+    assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT and "can't be read" in caught.value.details()
+    assert "Traceback" not in frontend.log()
