@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
+from worker import compiled
 from worker.attention.base import AttentionInputs
 from worker.attention.singles import CompiledSingles, GatheredSingles, Queries, Singles, SparseSingles
 
@@ -54,6 +55,8 @@ class CpuAttention:
 
     def write(self, k_TKD: Tensor, v_TKD: Tensor, kv_layer: Tensor, inputs: AttentionInputs) -> None:
         plan = _plan(kv_layer, inputs)
+        if compiled.is_loaded() and kv_layer.dtype == torch.float32 and k_TKD.numel() <= compiled.MOST:
+            return compiled.write(k_TKD, v_TKD, kv_layer, plan.blocks, plan.offsets)
         kv_layer[0][plan.blocks, :, plan.offsets] = k_TKD
         kv_layer[1][plan.blocks, :, plan.offsets] = v_TKD
 

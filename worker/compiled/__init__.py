@@ -1,7 +1,7 @@
-"""The small operations of a step as compiled loops, where numba is installed: norms, rotation, quantizing, and attention of few
-queries. One loop takes the place of five to ten torch operations, each of which costs some microseconds to call. Every one has
-its twin in torch, which is used where these do not fit: without numba, on a GPU, in half precision, and for many rows, which
-torch divides among threads. (numba's own threads would spin against torch's.)
+"""The small operations of a step as compiled loops, where numba is installed: norms, rotation, cache writes, quantizing, and
+attention of few queries. One loop takes the place of five to ten torch operations, each of which costs some microseconds to
+call. Every one has its twin in torch, which is used where these do not fit: without numba, on a GPU, in half precision, and
+for many rows, which torch divides among threads. (numba's own threads would spin against torch's.)
 
 `load` is called once by a worker on a CPU; until then, and where it finds no numba, nothing here fits.
 """
@@ -77,6 +77,12 @@ def rotate(x_TAD: Tensor, cos_T1D: Tensor, sin_T1D: Tensor, num_heads: int) -> T
     out = torch.empty(rows, num_heads, size)
     _kernels.rotate(x_TAD.numpy(), cos_T1D.numpy()[:, 0], sin_T1D.numpy()[:, 0], out.numpy())
     return out
+
+
+def write(k_TKD: Tensor, v_TKD: Tensor, kv_layer: Tensor, blocks_T: Tensor, offsets_T: Tensor) -> None:
+    """Keys and values to their slots, as attention.cpu.CpuAttention.write; k and v may be parts of wider rows."""
+    assert _kernels is not None
+    _kernels.write(k_TKD.numpy(), v_TKD.numpy(), kv_layer.numpy(), blocks_T.numpy(), offsets_T.numpy())
 
 
 def quantize_rows(x_TI: Tensor, levels: float, zero: float, least_scale: float) -> tuple[Tensor, Tensor]:

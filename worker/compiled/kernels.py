@@ -74,6 +74,18 @@ def rotate(x_TAD, cos_TD, sin_TD, out_TBD):  # type: ignore[no-untyped-def]
                 out_TBD[i, h, half + d] = b * cos_TD[i, d] + a * sin_TD[i, d]
 
 
+@_compiled(void(float32[:, :, :], float32[:, :, :], float32[:, :, :, :, ::1], int64[::1], int64[::1]))
+def write(k_TKD, v_TKD, kv_2PKSD, blocks_T, offsets_T):  # type: ignore[no-untyped-def]
+    rows, kv_heads, size = k_TKD.shape
+    for i in range(rows):
+        b, s = blocks_T[i], offsets_T[i]
+        for k in range(kv_heads):
+            for d in range(size):
+                kv_2PKSD[0, b, k, s, d] = k_TKD[i, k, d]
+            for d in range(size):
+                kv_2PKSD[1, b, k, s, d] = v_TKD[i, k, d]
+
+
 @_compiled(void(_Rows, float32, float32, float32, uint8[:, ::1], _Rows))
 def quantize_rows(x_TC, levels, zero, least_scale, out_TC, scale_T1):  # type: ignore[no-untyped-def]
     """round(x / scale) + zero; a row with a NaN or an infinity gets the scale NaN."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 
 import pytest
@@ -74,3 +75,15 @@ def test_no_row_depends_on_its_neighbours() -> None:
         alone = case.only(number).by(backend)
         close(together[first : first + count], alone)
         first += count
+
+
+def test_keys_and_values_are_written_alike_with_and_without_loops() -> None:
+    """Also as parts of wider rows, as they come out of a fused projection."""
+    case = Case(MIXED)
+    wide = torch.randn(len(case.q_THD), 9, case.kv_layer.shape[-1])
+    k_TKD, v_TKD = wide[:, 3:5], wide[:, 6:8]
+    fast, slow = case.kv_layer.clone(), case.kv_layer.clone()
+    CpuAttention().write(k_TKD, v_TKD, fast, dataclasses.replace(case.inputs, plan=None))
+    compiled.unload()
+    CpuAttention().write(k_TKD, v_TKD, slow, dataclasses.replace(case.inputs, plan=None))
+    assert torch.equal(fast.nan_to_num(7.0), slow.nan_to_num(7.0)) and not torch.equal(fast[0], case.kv_layer[0])
