@@ -138,6 +138,7 @@ def test_watchers_see_every_step_from_then_on(core: FakeCore, frontend: Frontend
 def test_rows_say_which_output_they_are(core: FakeCore, frontend: Frontend) -> None:
     core.hold()
     watcher = watch(frontend)
+    core.wait_for(WatchSteps, lambda message: message.on)
     several = request("several")
     several.sampling.num_outputs = 3
     stream = frontend.generation.Generate(several)
@@ -168,6 +169,7 @@ def test_a_slow_watcher_is_told_how_many_steps_it_missed(core: FakeCore, fronten
     num_steps = 20_000
     core.hold()
     watcher = watch(frontend)
+    core.wait_for(WatchSteps, lambda message: message.on)  # else the first steps, or all, are told to nobody
     first = core.num_steps + 1
     core.call(lambda: [core._step() for _ in range(num_steps)])  # more than transport and queue hold
     frontend.hear_core()
