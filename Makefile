@@ -23,7 +23,7 @@ help:
 	@echo "make lint              ruff, mypy, import rules, stubs up to date"
 	@echo "make bench-core        what the scheduler costs: targets S1, S2, S3, without a model (ARGS=--quick: a minute)"
 	@echo "make bench-scheduler   what it decides, simulated: four workloads by three policies, and targets G11, G14, G15"
-	@echo "make bench-cpu         Carousel and transformers on this CPU: targets C1, C3, C5 (20 minutes; ARGS=--quick: two)"
+	@echo "make bench-cpu         Carousel and transformers on this CPU: targets C1, C3, C4, C5 (10 minutes; ARGS=--quick: two)"
 	@echo "make bench-peers       Carousel beside OpenVINO GenAI, vLLM, llama.cpp on this CPU: target C2 (installs them on first use)"
 	@echo "make protos            generate the Python stubs from protos/carousel/v1/*.proto"
 	@echo "make env               only make .venv (PYTHON=python3.12 chooses the interpreter)"

@@ -13,10 +13,12 @@ from scheduler.frontend.server.authentication import caller
 from scheduler.frontend.server.running import Running
 from scheduler.frontend.server.status import Context, internal_error, status_message
 from scheduler.frontend.streams import Inbox, Outlet, Stream
+from wire import EndReason
 
 Open = Callable[[pb.GenerateRequest, Inbox], Awaitable[Running]]  # raises RequestError
 
 _MOST_EVENTS = 1000  # of one message
+_IN_DUE_COURSE = (EndReason.STOP, EndReason.LENGTH)  # any other end is told at once, whatever the window
 
 
 class _One:
@@ -133,10 +135,11 @@ class Many:
         one = self._of_stream.get(outlet.stream)
         if one is None or outlet.stream.error is not None:  # it is over
             return []
-        if one.is_full:
+        if one.is_full and (outlet.ended is None or outlet.ended.reason in _IN_DUE_COURSE):
             outlet.is_fresh = False
             one.waiting.add(outlet)
             return []
+        one.waiting.discard(outlet)
         running, request_id = one.running, one.running.options.request_id
         first = len(response.events)
         num_received = running.take(outlet, lambda: response.events.add(request_id=request_id))

@@ -177,6 +177,28 @@ def test_a_window_holds_up_its_own_request_only(core: FakeCore, frontend: Fronte
     assert output.tokens == list(range(50, 250)) and collected.got["slow"].summary is not None
 
 
+def test_a_cancel_ends_a_request_whose_window_is_full(core: FakeCore, frontend: Frontend) -> None:
+    """Both outputs, one of which was waiting for credit; none of them ends twice when credit comes after all."""
+    core.script = lambda add: iter(range(50, 400))
+    asked = make("fox", request_id="a", max_tokens=100, num_outputs=2)
+    with connect(frontend) as many:
+        many._commands.put(pb.GenerateManyRequest(submit=pb.Submit(request=asked, window_tokens=5)))
+        core.hold()
+        core.wait_for(AddRequest)
+        core.step(20)
+        events = iter(many)
+        collected = Collected()
+        while sum(len(output.tokens) for got in collected.got.values() for output in got.outputs.values()) < 5:
+            collected.take(next(events))
+        many.cancel("a")
+        many._commands.put(pb.GenerateManyRequest(credit=pb.AddCredit(request_id="a", num_tokens=1)))
+        many.finish()
+        for event in events:
+            collected.take(event)
+    assert grpc_code(collected.failed["a"].code) is grpc.StatusCode.CANCELLED
+    assert all(output.finished is not None for output in collected.got["a"].outputs.values())
+
+
 def test_the_client_gives_credit_by_itself(core: FakeCore, frontend: Frontend) -> None:
     with connect(frontend) as many:
         many.submit("fox", request_id="a", max_tokens=100, window_tokens=3)
