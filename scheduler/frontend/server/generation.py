@@ -124,9 +124,7 @@ class Generation(GenerationServicer):
         self, options: Options, prompt: list[int], limits: WorkerFacts, arrival_ns: int, deadline_ns: int
     ) -> AddRequest:
         tokens = np.array(prompt, np.int32)
-        asks_prompt = (
-            options.sampling.prompt_logprobs >= 0
-        )  # every token of it must be computed, so it goes past the prefix cache
+        asks_prompt = options.sampling.prompt_logprobs >= 0  # all of it must be computed: it goes past the prefix cache
         key = b"" if asks_prompt else prefix_index.root(self._served_model_name, "", options.cache_salt)  # "": no adapter
         header = AddHeader(
             handle=self._link.new_handle(options.num_outputs),
