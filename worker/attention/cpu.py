@@ -54,9 +54,9 @@ class CpuAttention:
         self._ways = ways
 
     def write(self, k_TKD: Tensor, v_TKD: Tensor, kv_layer: Tensor, inputs: AttentionInputs) -> None:
+        if compiled.fits_cache(kv_layer) and k_TKD.numel() <= compiled.MOST:
+            return compiled.write(k_TKD, v_TKD, kv_layer, inputs.slot_mapping)
         plan = _plan(kv_layer, inputs)
-        if compiled.is_loaded() and kv_layer.dtype == torch.float32 and k_TKD.numel() <= compiled.MOST:
-            return compiled.write(k_TKD, v_TKD, kv_layer, plan.blocks, plan.offsets)
         kv_layer[0][plan.blocks, :, plan.offsets] = k_TKD
         kv_layer[1][plan.blocks, :, plan.offsets] = v_TKD
 

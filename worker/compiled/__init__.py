@@ -70,19 +70,46 @@ def add_rms_norm(residual: Tensor, x: Tensor, weight: Tensor, eps: float) -> Ten
     return out
 
 
-def rotate(x_TAD: Tensor, cos_T1D: Tensor, sin_T1D: Tensor, num_heads: int) -> Tensor:
-    """The first `num_heads` heads of x, as layers.rotary.rotate: [T, num_heads, D]."""
-    assert _kernels is not None
-    rows, _, size = x_TAD.shape
-    out = torch.empty(rows, num_heads, size)
-    _kernels.rotate(x_TAD.numpy(), cos_T1D.numpy()[:, 0], sin_T1D.numpy()[:, 0], out.numpy())
-    return out
+def fits_cache(kv_layer: Tensor) -> bool:
+    """The same of a layer of the KV cache, which may have any size."""
+    return _kernels is not None and kv_layer.dtype is torch.float32 and kv_layer.device.type == "cpu"
 
 
-def write(k_TKD: Tensor, v_TKD: Tensor, kv_layer: Tensor, blocks_T: Tensor, offsets_T: Tensor) -> None:
+def write(k_TKD: Tensor, v_TKD: Tensor, kv_layer: Tensor, slots_T: Tensor) -> None:
     """Keys and values to their slots, as attention.cpu.CpuAttention.write; k and v may be parts of wider rows."""
     assert _kernels is not None
-    _kernels.write(k_TKD.numpy(), v_TKD.numpy(), kv_layer.numpy(), blocks_T.numpy(), offsets_T.numpy())
+    _kernels.write(k_TKD.numpy(), v_TKD.numpy(), kv_layer.numpy(), slots_T.numpy())
+
+
+def rotate_and_write(
+    qkv_TAD: Tensor, num_heads: int, cos_sin: tuple[Tensor, Tensor], kv_layer: Tensor, slots_T: Tensor
+) -> Tensor:
+    """As layers.heads.rotate_and_write."""
+    assert _kernels is not None
+    cos_T1D, sin_T1D = cos_sin
+    q_THD = torch.empty(len(qkv_TAD), num_heads, qkv_TAD.shape[2])
+    _kernels.rotate_and_write(
+        qkv_TAD.numpy(), cos_T1D.numpy()[:, 0], sin_T1D.numpy()[:, 0], kv_layer.numpy(), slots_T.numpy(), q_THD.numpy()
+    )
+    return q_THD
+
+
+def norm_rotate_and_write(
+    qkv_TAD: Tensor,
+    num_heads: int,
+    q_weight_D: Tensor,
+    k_weight_D: Tensor,
+    eps: float,
+    cos_sin: tuple[Tensor, Tensor],
+    kv_layer: Tensor,
+    slots_T: Tensor,
+) -> Tensor:
+    """As layers.heads.norm_rotate_and_write; the projection is overwritten."""
+    assert _kernels is not None
+    qkv, num_keys = qkv_TAD.numpy(), kv_layer.shape[2]
+    _kernels.norm_heads(qkv, 0, num_heads, q_weight_D.numpy(), eps)
+    _kernels.norm_heads(qkv, num_heads, num_heads + num_keys, k_weight_D.numpy(), eps)
+    return rotate_and_write(qkv_TAD, num_heads, cos_sin, kv_layer, slots_T)
 
 
 def quantize_rows(x_TI: Tensor, levels: float, zero: float, least_scale: float) -> tuple[Tensor, Tensor]:

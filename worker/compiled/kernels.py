@@ -3,7 +3,7 @@
 One thread each. Sums may be reordered and products contracted (that is what makes them vector code); NaN and infinities mean
 what they mean elsewhere, and no row reads another.
 
-Legend: T rows, C numbers of a row, A heads of a fused projection, B heads to rotate, N queries, H query heads, K key-value
+Legend: T rows, C numbers of a row, A = H + 2K heads of a fused projection, N queries, H query heads, K key-value
 heads, D head size, P blocks of the layer, S tokens of a block, W blocks of the widest table.
 """
 
@@ -61,29 +61,55 @@ def add_rms_norm(residual_TC, x_TC, weight_C, eps, out_TC):  # type: ignore[no-u
             out_TC[i, j] = residual_TC[i, j] * factor * weight_C[j]
 
 
-@_compiled(void(float32[:, :, ::1], _Rows, _Rows, float32[:, :, ::1]))
-def rotate(x_TAD, cos_TD, sin_TD, out_TBD):  # type: ignore[no-untyped-def]
-    """cos and sin: [T, D / 2]."""
-    rows, heads, size = out_TBD.shape
-    half = size // 2
-    for i in range(rows):
-        for h in range(heads):
-            for d in range(half):
-                a, b = x_TAD[i, h, d], x_TAD[i, h, half + d]
-                out_TBD[i, h, d] = a * cos_TD[i, d] - b * sin_TD[i, d]
-                out_TBD[i, h, half + d] = b * cos_TD[i, d] + a * sin_TD[i, d]
+_Cache = float32[:, :, :, :, ::1]
 
 
-@_compiled(void(float32[:, :, :], float32[:, :, :], float32[:, :, :, :, ::1], int64[::1], int64[::1]))
-def write(k_TKD, v_TKD, kv_2PKSD, blocks_T, offsets_T):  # type: ignore[no-untyped-def]
+@_compiled(void(float32[:, :, :], float32[:, :, :], _Cache, int64[::1]))
+def write(k_TKD, v_TKD, kv_2PKSD, slots_T):  # type: ignore[no-untyped-def]
     rows, kv_heads, size = k_TKD.shape
+    block = kv_2PKSD.shape[3]
     for i in range(rows):
-        b, s = blocks_T[i], offsets_T[i]
+        b, s = slots_T[i] // block, slots_T[i] % block
         for k in range(kv_heads):
             for d in range(size):
                 kv_2PKSD[0, b, k, s, d] = k_TKD[i, k, d]
             for d in range(size):
                 kv_2PKSD[1, b, k, s, d] = v_TKD[i, k, d]
+
+
+@_compiled(void(float32[:, :, ::1], _Rows, _Rows, _Cache, int64[::1], float32[:, :, ::1]))
+def rotate_and_write(qkv_TAD, cos_TD, sin_TD, kv_2PKSD, slots_T, q_THD):  # type: ignore[no-untyped-def]
+    """cos and sin: [T, D / 2]."""
+    rows, heads, size = q_THD.shape
+    kv_heads, block, half = kv_2PKSD.shape[2], kv_2PKSD.shape[3], size // 2
+    for i in range(rows):
+        b, s = slots_T[i] // block, slots_T[i] % block
+        for h in range(heads):
+            for d in range(half):
+                x, y = qkv_TAD[i, h, d], qkv_TAD[i, h, half + d]
+                q_THD[i, h, d] = x * cos_TD[i, d] - y * sin_TD[i, d]
+                q_THD[i, h, half + d] = y * cos_TD[i, d] + x * sin_TD[i, d]
+        for k in range(kv_heads):
+            for d in range(half):
+                x, y = qkv_TAD[i, heads + k, d], qkv_TAD[i, heads + k, half + d]
+                kv_2PKSD[0, b, k, s, d] = x * cos_TD[i, d] - y * sin_TD[i, d]
+                kv_2PKSD[0, b, k, s, half + d] = y * cos_TD[i, d] + x * sin_TD[i, d]
+            for d in range(size):
+                kv_2PKSD[1, b, k, s, d] = qkv_TAD[i, heads + kv_heads + k, d]
+
+
+@_compiled(void(float32[:, :, ::1], int64, int64, _Vector, float32))
+def norm_heads(qkv_TAD, first, end, weight_D, eps):  # type: ignore[no-untyped-def]
+    """rms_norm over each of the heads `first` to `end` of x, in place."""
+    rows, _, size = qkv_TAD.shape
+    for i in range(rows):
+        for h in range(first, end):
+            total = np.float32(0)
+            for d in range(size):
+                total += qkv_TAD[i, h, d] * qkv_TAD[i, h, d]
+            factor = np.float32(1) / np.float32(math.sqrt(total / np.float32(size) + eps))
+            for d in range(size):
+                qkv_TAD[i, h, d] = qkv_TAD[i, h, d] * factor * weight_D[d]
 
 
 @_compiled(void(_Rows, float32, float32, float32, uint8[:, ::1], _Rows))
@@ -101,7 +127,7 @@ def quantize_rows(x_TC, levels, zero, least_scale, out_TC, scale_T1):  # type: i
         scale_T1[i, 0] = scale + poison
 
 
-@_compiled(void(float32[:, :, ::1], float32[:, :, :, :, ::1], int64[:, ::1], int64[::1], float32, float32[:, :, ::1]))
+@_compiled(void(float32[:, :, ::1], _Cache, int64[:, ::1], int64[::1], float32, float32[:, :, ::1]))
 def attend(q_NHD, kv_2PKSD, tables_NW, lengths_N, scale, out_NHD):  # type: ignore[no-untyped-def]
     """The query heads of a group read each key and value together."""
     queries, heads, size = q_NHD.shape

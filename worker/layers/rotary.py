@@ -9,12 +9,14 @@ Legend: T tokens, H heads, D head size, L positions.
 from __future__ import annotations
 
 import math
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
-from worker import compiled
 from worker.model_config import DefaultRope, LinearRope, Llama3Rope, LongRope, ModelConfig, Rope, YarnRope
+
+CosSin: TypeAlias = tuple[Tensor, Tensor]  # [T, 1, D / 2] each
 
 
 class Rotary:
@@ -29,7 +31,7 @@ class Rotary:
         self._cos_LD = (angles_LD.cos() * attention_factor).to(device)  # [L, D / 2]
         self._sin_LD = (angles_LD.sin() * attention_factor).to(device)
 
-    def at(self, positions_T: Tensor) -> tuple[Tensor, Tensor]:
+    def at(self, positions_T: Tensor) -> CosSin:
         """Cosines and sines [T, 1, D / 2] of these positions, for all layers of a step."""
         return self._cos_LD[positions_T].unsqueeze(1), self._sin_LD[positions_T].unsqueeze(1)
 
@@ -38,8 +40,6 @@ def rotate(x_TAD: Tensor, cos_T1D: Tensor, sin_T1D: Tensor, num_heads: int | Non
     """(a, b) → (a cos − b sin, b cos + a sin), a and b the halves of each of the first `num_heads` heads (None: of all):
     [T, num_heads, D]."""
     num_heads = x_TAD.shape[1] if num_heads is None else num_heads
-    if compiled.fits(x_TAD):
-        return compiled.rotate(x_TAD, cos_T1D, sin_T1D, num_heads)
     x_THD = x_TAD[:, :num_heads]
     half = x_THD.shape[-1] // 2
     a, b = x_THD[..., :half], x_THD[..., half:]

@@ -12,9 +12,10 @@ from kvcache.storage import KVStorage
 from worker.attention.base import AttentionBackend, AttentionInputs
 from worker.layers.activation import silu_and_mul
 from worker.layers.embedding import Embedding, Head
+from worker.layers.heads import rotate_and_write
 from worker.layers.linear import Linear
 from worker.layers.norm import RMSNorm
-from worker.layers.rotary import Rotary, rotate
+from worker.layers.rotary import CosSin, Rotary
 from worker.model_config import ModelConfig
 from worker.weights import Weights
 
@@ -55,7 +56,7 @@ class Layer(nn.Module):
     def forward(
         self,
         hidden_TC: Tensor,
-        cos_sin: tuple[Tensor, Tensor],
+        cos_sin: CosSin,
         attention: AttentionBackend,
         kv_layer: Tensor,
         inputs: AttentionInputs,
@@ -77,16 +78,13 @@ class Attention(nn.Module):
     def forward(
         self,
         x_TC: Tensor,
-        cos_sin: tuple[Tensor, Tensor],
+        cos_sin: CosSin,
         attention: AttentionBackend,
         kv_layer: Tensor,
         inputs: AttentionInputs,
     ) -> Tensor:
         qkv_TAD = self.qkv(x_TC).view(len(x_TC), -1, self.head_dim)  # A = H + 2K
-        v_TKD = qkv_TAD[:, self.num_heads + self.num_kv_heads :]
-        qk_TBD = rotate(qkv_TAD, *cos_sin, self.num_heads + self.num_kv_heads)  # B = H + K
-        q_THD, k_TKD = qk_TBD[:, : self.num_heads], qk_TBD[:, self.num_heads :]
-        attention.write(k_TKD, v_TKD, kv_layer, inputs)
+        q_THD = rotate_and_write(qkv_TAD, self.num_heads, cos_sin, attention, kv_layer, inputs)
         attended_THD = attention.attend(q_THD, kv_layer, inputs, self.head_dim**-0.5)
         return self.out(attended_THD.flatten(1))
 

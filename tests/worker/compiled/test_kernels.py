@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
 from worker import compiled
+from worker.attention.base import AttentionInputs
+from worker.attention.cpu import CpuAttention
 from worker.layers import products
-from worker.layers.rotary import rotate
+from worker.layers.heads import norm_rotate_and_write, rotate_and_write
+from worker.layers.norm import RMSNorm
 
 SHAPES = [(1, 1), (1, 576), (3, 7), (5, 64), (64, 576), (33, 1000)]  # rows, numbers of a row
 
@@ -41,13 +45,38 @@ def test_a_norm_of_many_dimensions_is_over_the_last() -> None:
     torch.testing.assert_close(compiled.rms_norm(x, weight, 1e-6), F.rms_norm(x, (32,), weight, 1e-6))
 
 
-@pytest.mark.parametrize(("rows", "heads", "size", "count"), [(1, 5, 64, 4), (7, 3, 2, 3), (9, 12, 96, 1)])
-def test_rotation(rows: int, heads: int, size: int, count: int) -> None:
-    x, cos, sin = random(rows, heads, size), random(rows, 1, size // 2), random(rows, 1, size // 2 + 1)[..., : size // 2]
-    sin = sin.contiguous()
-    fast = rotate(x, cos, sin, count)
+@pytest.mark.parametrize(("rows", "heads", "kv_heads", "size"), [(1, 4, 1, 64), (7, 6, 3, 32), (9, 12, 4, 96)])
+@pytest.mark.parametrize("with_norms", [False, True])
+def test_queries_are_turned_and_keys_and_values_written(
+    rows: int, heads: int, kv_heads: int, size: int, with_norms: bool
+) -> None:
+    qkv = random(rows, heads + 2 * kv_heads, size)
+    cos_sin = random(rows, 1, size // 2), random(rows, 1, size // 2 + 1)[..., : size // 2].contiguous()
+    block_size, num_blocks = 16, 4
+    slots = torch.randperm(block_size * num_blocks, generator=torch.Generator().manual_seed(1))[:rows]
+    inputs = AttentionInputs.of(
+        np.arange(rows + 1, dtype=np.int32), np.ones(rows, np.int32), np.zeros((rows, 1), np.int32), slots.numpy()
+    )
+
+    def run() -> tuple[torch.Tensor, torch.Tensor]:
+        cache = torch.full((2, num_blocks, kv_heads, block_size, size), torch.nan)
+        backend, x = CpuAttention(), qkv.clone()
+        if with_norms:
+            norms = norm_of(size, 1), norm_of(size, 2)
+            return norm_rotate_and_write(x, heads, *norms, cos_sin, backend, cache, inputs), cache
+        return rotate_and_write(x, heads, cos_sin, backend, cache, inputs), cache
+
+    fast = run()
     compiled.unload()
-    torch.testing.assert_close(fast, rotate(x, cos, sin, count))
+    torch.testing.assert_close(fast, run(), equal_nan=True)
+
+
+def norm_of(size: int, seed: int) -> RMSNorm:
+    norm = RMSNorm.__new__(RMSNorm)
+    torch.nn.Module.__init__(norm)
+    norm.weight = torch.nn.Parameter(torch.randn(size, generator=torch.Generator().manual_seed(seed)), requires_grad=False)
+    norm.eps = 1e-6
+    return norm
 
 
 @pytest.mark.parametrize(("rows", "size"), SHAPES)
