@@ -13,34 +13,34 @@ import torch
 from torch import Tensor
 
 from wire import LogprobRun, Logprobs, LogprobsHeader, StepPlan
-from wire.messages import I32
 from worker.sequences import Sequences, StepRows
 
 _PART = 64  # prompt tokens whose logits are in memory together
 
 
 class Told:
-    """Gathers what a step has to tell."""
+    """Gathers what a step has to tell, where it was computed; `message` brings it to the host."""
 
     def __init__(self) -> None:
         self._runs: list[LogprobRun] = []
-        self._logprobs: list[np.ndarray] = []
-        self._token_ids: list[np.ndarray] = []
+        self._logprobs: list[Tensor] = []
+        self._token_ids: list[Tensor] = []
 
-    def add(self, row: int, position: int, logprobs_NV: Tensor, token_ids: np.ndarray, num_best: int) -> None:
-        """Of the tokens [N] at `position` and behind it; logprobs_NV: of what may stand there."""
+    def add(self, row: int, position: int, logprobs_NV: Tensor, token_ids_N: Tensor, num_best: int) -> None:
+        """Of the tokens at `position` and behind it; logprobs_NV: of what may stand there."""
         num_best = min(num_best, logprobs_NV.shape[1])
-        own = torch.from_numpy(token_ids.astype(np.int64))[:, None].to(logprobs_NV.device)
+        own = token_ids_N.to(logprobs_NV.device, torch.int64)[:, None]
         best = logprobs_NV.topk(num_best, dim=1)
-        self._runs.append(LogprobRun(row, position, len(token_ids), num_best))
-        self._logprobs.append(torch.cat((logprobs_NV.gather(1, own), best.values), dim=1).cpu().numpy().ravel())
-        self._token_ids.append(torch.cat((own, best.indices), dim=1).cpu().numpy().astype(np.int32).ravel())
+        self._runs.append(LogprobRun(row, position, len(own), num_best))
+        self._logprobs.append(torch.cat((logprobs_NV.gather(1, own), best.values), dim=1).flatten())
+        self._token_ids.append(torch.cat((own, best.indices), dim=1).flatten())
 
     def message(self, plan: StepPlan) -> Logprobs | None:
         if not self._runs:
             return None
         header = LogprobsHeader(plan.header.group, plan.header.epoch, plan.header.step_id, tuple(self._runs))
-        return Logprobs(header, np.concatenate(self._logprobs), np.concatenate(self._token_ids))
+        token_ids = torch.cat(self._token_ids).to(torch.int32)
+        return Logprobs(header, torch.cat(self._logprobs).cpu().numpy(), token_ids.cpu().numpy())
 
 
 def of_prompts(told: Told, sequences: Sequences, rows: StepRows, hidden_TC: Tensor, logits: Callable[[Tensor], Tensor]) -> None:
@@ -56,7 +56,7 @@ def of_prompts(told: Told, sequences: Sequences, rows: StepRows, hidden_TC: Tens
         for position in range(first, end, _PART):
             until = min(position + _PART, end)
             logits_NV = logits(hidden_TC[begin + position - first : begin + until - first])
-            token_ids = sequences.tokens[slot, position + 1 : until + 1]
+            token_ids = torch.from_numpy(sequences.tokens[slot, position + 1 : until + 1].copy())
             num_best = int(sequences.columns.prompt_logprobs[slot])
             told.add(slot, position + 1, logits_NV.log_softmax(dim=1), token_ids, num_best)
 
@@ -69,10 +69,10 @@ class OfDraws:
         self._asked = np.flatnonzero(self._num_best >= 0)
         self._logprobs_MV = logits_NV[self._asked].log_softmax(dim=1) if len(self._asked) else None
 
-    def tell(self, told: Told, rows: StepRows, tokens: I32) -> None:
+    def tell(self, told: Told, rows: StepRows, tokens_N: Tensor) -> None:
         if self._logprobs_MV is None:
             return
         for i, logprobs_V in zip(self._asked.tolist(), self._logprobs_MV, strict=True):
             row = rows.drawing[i]
             position = int(rows.first[row] + rows.count[row])
-            told.add(int(rows.slots[row]), position, logprobs_V[None], tokens[i : i + 1], int(self._num_best[i]))
+            told.add(int(rows.slots[row]), position, logprobs_V[None], tokens_N[i : i + 1], int(self._num_best[i]))

@@ -21,7 +21,7 @@ SCRIPT = """
 import sys
 from pathlib import Path
 import torch
-from worker.model_executor import _release_freed_memory
+from worker.loading import _release_freed_memory
 from worker.models import footprint, load_model
 
 def resident():

@@ -13,7 +13,7 @@ from tests.helpers.checkpoints import make_checkpoint
 from tests.helpers.plans import GREEDY, PlanMaker
 from tests.helpers.reference import Comparison, Reference, greedy
 from wire import SamplingSpec, StepFailed, StepPlan, StepResult, decode, encode
-from worker import model_executor
+from worker import loading
 from worker.config import ConfigError, WorkerConfig
 from worker.model_config import ModelError
 from worker.model_executor import ModelExecutor
@@ -343,8 +343,8 @@ def test_too_little_memory_is_said_before_anything_is_loaded(
     checkpoint: Path, monkeypatch: pytest.MonkeyPatch, there_is: int, options: dict[str, object], said: str
 ) -> None:
     """The model takes about 1,010,000 bytes while it is loaded, 529,000 in int8 and 505,000 in bfloat16."""
-    monkeypatch.setattr(model_executor, "available_memory", lambda: there_is)
-    monkeypatch.setattr(model_executor, "load_model", lambda *_: pytest.fail("it was loaded"))
+    monkeypatch.setattr(loading, "available_memory", lambda: there_is)
+    monkeypatch.setattr(loading, "load_model", lambda *_: pytest.fail("it was loaded"))
     with pytest.raises(SizingError, match=said):
         ModelExecutor.of(config(**options), checkpoint)
 
@@ -360,7 +360,7 @@ def test_too_little_memory_is_said_before_anything_is_loaded(
 def test_a_processor_that_lacks_instructions_says_so_and_serves(
     checkpoint: Path, monkeypatch: pytest.MonkeyPatch, prompts, capability: str, vnni: bool, said: str
 ) -> None:
-    monkeypatch.setattr(model_executor.platform, "machine", lambda: "x86_64")
+    monkeypatch.setattr(loading.platform, "machine", lambda: "x86_64")
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
     monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: vnni)
     executor = ModelExecutor.of(config(quantization="int8"), checkpoint)
@@ -369,6 +369,6 @@ def test_a_processor_that_lacks_instructions_says_so_and_serves(
 
 
 def test_more_threads_than_processors_are_refused(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(model_executor, "_cpu_quota", lambda: 1)
+    monkeypatch.setattr(loading, "_cpu_quota", lambda: 1)
     with pytest.raises(ConfigError, match="--threads 2: this process may use 1 processor: 1 at most"):
         ModelExecutor.of(config(threads=2), checkpoint)

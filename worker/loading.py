@@ -1,0 +1,246 @@
+"""From a worker's options to a model, a KV pool and the facts about both: what is read, how much memory each may take, and what
+is refused before anything is loaded. Computes no step.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import platform
+import statistics
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from kvcache.sizing import (
+    CPU_SHARE,
+    CUDA_SHARE,
+    DEFAULT_CPU_BYTES,
+    PoolSize,
+    SizingError,
+    available_memory,
+    format_bytes,
+    size_host_pool,
+    size_pool,
+)
+from kvcache.storage import KVStorage
+from wire import WorkerFacts
+from worker import compiled
+from worker.config import ConfigError, WorkerConfig
+from worker.model_config import LongRope, ModelConfig
+from worker.models import Model, footprint, load_model
+
+_SWAP_BLOCKS, _SWAP_ROUNDS = 64, 5  # moved at a time, and how often, to measure what a block takes
+
+
+@dataclass(slots=True)
+class Loaded:
+    model: Model
+    kv: KVStorage
+    facts: WorkerFacts
+    device: torch.device
+
+
+def load(config: WorkerConfig, model_dir: Path) -> Loaded:
+    """Raises ModelError, SizingError or ConfigError."""
+    device = _device(config.device)
+    threads = _set_threads(config.threads) if device.type == "cpu" else 0
+    loops = compiled.load() if device.type == "cpu" else ""
+    wished = ModelConfig.read(model_dir, config.max_model_len)
+    dtype = _dtype(config.dtype, device, wished)
+    _check_quantization(config, device)
+    _check_memory(config, model_dir, wished, dtype, device)
+    model, shape = load_model(model_dir, dtype, device, wished.max_model_len, config.quantization)
+    pool = _size_pool(config, shape, dtype, device, _available(device))
+    if pool.lowered_from is not None and isinstance(shape.rope, LongRope):  # its angles depend on the length
+        del model
+        model, shape = load_model(model_dir, dtype, device, pool.max_model_len, config.quantization)
+    _release_freed_memory()
+    host_blocks = _host_blocks(config, pool, device)
+    sizes = (shape.num_layers, pool.num_blocks, shape.num_kv_heads, pool.block_size, shape.head_dim)
+    kv = KVStorage(*sizes, dtype, device, host_blocks)
+    facts = _facts(config, shape, pool, kv, dtype, device, threads, loops, model.num_parameters)
+    return Loaded(model, kv, facts, device)
+
+
+def _device(name: str) -> torch.device:
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("--device cuda: torch finds no CUDA device here; --device cpu works anywhere")
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(name)
+
+
+def _set_threads(wished: int | None) -> int:
+    """torch's own choice, one per core that this process may run on, but no more than a container's quota. More threads than
+    processors wait for each other in every product, so a wish for them is refused."""
+    there_are = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    there_are = min(there_are, _cpu_quota() or there_are)
+    if wished is not None and wished > there_are:
+        processors = "1 processor" if there_are == 1 else f"{there_are} processors"
+        raise ConfigError(f"--threads {wished}: this process may use {processors}: {there_are} at most")
+    threads = wished or min(torch.get_num_threads(), there_are)
+    torch.set_num_threads(threads)
+    return threads
+
+
+def _cpu_quota() -> int | None:
+    """Processors' worth of time that the control group grants, rounded up; None: no limit that shows here."""
+    for names in (("cpu.max",), ("cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us")):
+        try:
+            words = " ".join((Path("/sys/fs/cgroup") / name).read_text() for name in names).split()
+            if words[0] not in ("max", "-1"):
+                return max(1, -(-int(words[0]) // int(words[1])))
+        except (OSError, ValueError, IndexError):
+            continue
+    return None
+
+
+def _dtype(name: str, device: torch.device, shape: ModelConfig) -> torch.dtype:
+    if name == "auto":
+        name = "float32" if device.type == "cpu" else shape.dtype or "bfloat16"
+    return getattr(torch, name)
+
+
+def _check_quantization(config: WorkerConfig, device: torch.device) -> None:
+    what = f"--quantization {config.quantization}"
+    if config.quantization == "none":
+        return
+    if device.type != "cpu":
+        raise ConfigError(f"{what} is for a CPU, and --device {config.device} found a GPU: add --device cpu")
+    if not torch.backends.mkldnn.is_available():
+        raise ConfigError(f"{what}: this torch comes without oneDNN, which multiplies the integers")
+
+
+def _check_memory(config: WorkerConfig, model_dir: Path, shape: ModelConfig, dtype: torch.dtype, device: torch.device) -> None:
+    """Before anything is read: a model that would not fit, or leaves too little for the KV cache that was asked for, is refused
+    with what it needs and what would help. Raises SizingError."""
+    there_is, needed = _available(device), footprint(model_dir, dtype, config.quantization)
+    if (needed.peak if device.type == "cpu" else needed.resident) > there_is:  # only a CPU packs them
+        raise SizingError(
+            f"the weights need {format_bytes(needed.resident)} in {_weights_name(dtype, config.quantization)}, and "
+            f"{format_bytes(needed.peak)} while they are loaded; {format_bytes(there_is)} are available: "
+            + _smaller_weights(model_dir, dtype, device, config.quantization, there_is)
+        )
+    try:
+        _size_pool(config, shape, dtype, device, there_is - needed.resident)
+    except SizingError as error:
+        raise SizingError(
+            f"{error} (of {format_bytes(there_is)} that are available, the weights take {format_bytes(needed.resident)})"
+        ) from None
+
+
+def _smaller_weights(model_dir: Path, dtype: torch.dtype, device: torch.device, quantization: str, there_is: int) -> str:
+    """Which options would make them fit."""
+    others = [("--quantization int8", dtype, "int8")] if device.type == "cpu" and quantization == "none" else []
+    if dtype.itemsize > 2:
+        others.append(("--dtype bfloat16", torch.bfloat16, quantization))
+    needed = {option: footprint(model_dir, *settings).peak for option, *settings in others}
+    fitting = [f"{option} would need {format_bytes(count)}" for option, count in needed.items() if count <= there_is]
+    return ", ".join(fitting) or "free some, or take a smaller model"
+
+
+def _available(device: torch.device) -> int:
+    return available_memory() if device.type == "cpu" else torch.cuda.mem_get_info(device)[0]
+
+
+def _release_freed_memory() -> None:
+    """Loading frees many pieces between those that stay, which glibc keeps for later: a twentieth of the weights."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+def _size_pool(
+    config: WorkerConfig, shape: ModelConfig, dtype: torch.dtype, device: torch.device, available_bytes: int
+) -> PoolSize:
+    on_cpu = device.type == "cpu"
+    return size_pool(
+        bytes_per_token=shape.kv_bytes_per_token(dtype.itemsize),
+        block_size=config.block_size,
+        model_len=shape.max_model_len,
+        max_batch_rows=config.max_batch_rows,
+        available_bytes=available_bytes,
+        share=CPU_SHARE if on_cpu else CUDA_SHARE,
+        default_bytes=DEFAULT_CPU_BYTES if on_cpu else None,
+        wish=config.wish,
+    )
+
+
+def _host_blocks(config: WorkerConfig, pool: PoolSize, device: torch.device) -> int:
+    """Blocks of host memory that sequences can be swapped to. On a CPU none unless asked for: they would be copied from one
+    place of the memory to another."""
+    on_cpu = device.type == "cpu"
+    wished = 0 if on_cpu and config.swap_bytes is None else config.swap_bytes
+    return size_host_pool(pool.block_bytes, available_memory() - (pool.num_bytes if on_cpu else 0), wished)
+
+
+def _swap_block_ns(kv: KVStorage, device: torch.device) -> int:
+    """Nanoseconds that a block takes between device and host, the mean of both ways; 0 without host blocks."""
+    count = min(kv.num_host_blocks, kv.num_blocks, _SWAP_BLOCKS)
+    if not count:
+        return 0
+    ids, rounds = np.arange(1, count + 1, dtype=np.int32), []
+    for _ in range(1 + _SWAP_ROUNDS):
+        began = time.perf_counter_ns()
+        kv.swap_out(ids, ids)
+        kv.swap_in(ids, ids)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        rounds.append(time.perf_counter_ns() - began)
+    return max(1, int(statistics.median(rounds[1:])) // (2 * count))  # the first one warms up
+
+
+def _weights_name(dtype: torch.dtype, quantization: str) -> str:
+    name = str(dtype).removeprefix("torch.")
+    return name if quantization == "none" else f"{name} with {quantization} weights"
+
+
+def _lacking() -> str:
+    """Instructions that would make steps shorter, and this processor has not; empty when it has them all."""
+    if platform.machine() not in ("x86_64", "AMD64"):
+        return ""
+    there_is = {
+        "AVX512": torch.backends.cpu.get_cpu_capability() == "AVX512",
+        "VNNI": torch.cpu._is_vnni_supported(),  # products of 8-bit integers
+    }
+    lacking = [name for name, has in there_is.items() if not has]
+    return f", without {' and '.join(lacking)}" if lacking else ""
+
+
+def _facts(
+    config: WorkerConfig,
+    shape: ModelConfig,
+    pool: PoolSize,
+    kv: KVStorage,
+    dtype: torch.dtype,
+    device: torch.device,
+    threads: int,
+    loops: str,
+    num_parameters: int,
+) -> WorkerFacts:
+    dtype_name, weights = str(dtype).removeprefix("torch."), _weights_name(dtype, config.quantization)
+    loops = f", loops by {loops}" if loops else ""
+    where = f"cpu ({threads} threads{_lacking()}{loops})" if device.type == "cpu" else torch.cuda.get_device_name(device)
+    swap = f", {format_bytes(kv.num_host_blocks * pool.block_bytes)} of host memory to swap to" if kv.num_host_blocks else ""
+    size = f"{num_parameters / 1e9:.2f} B" if num_parameters >= 1e9 else f"{num_parameters / 1e6:.1f} M"
+    return WorkerFacts(
+        device=device.type,
+        pid=os.getpid(),
+        description=f"{shape.architecture}, {size} parameters in {weights} on {where}; KV cache {pool}{swap}",
+        architecture=shape.architecture,
+        dtype=dtype_name,
+        vocab_size=shape.vocab_size,
+        max_model_len=pool.max_model_len,
+        block_size=pool.block_size,
+        num_blocks=pool.num_blocks,
+        kv_bytes_per_token=pool.bytes_per_token,
+        num_parameters=num_parameters,
+        max_batch_rows=config.max_batch_rows,
+        max_step_tokens=config.max_step_tokens,
+        num_host_blocks=kv.num_host_blocks,
+        swap_block_ns=_swap_block_ns(kv, device),
+    )
