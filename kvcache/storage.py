@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 import weakref
 from collections.abc import Iterator
+from functools import cached_property
 from typing import Any, cast
 
 import numpy as np
@@ -21,7 +22,7 @@ from torch import Tensor
 from wire.messages import I32
 
 _ALIGNMENT = 64  # bytes: a cache line, and the widest load
-_STAGE_BYTES = 64 << 20  # blocks on their way: enough to keep the bus busy, little beside the pool
+STAGE_BYTES = 64 << 20  # blocks on their way: enough to keep the bus busy, little beside the pool
 
 
 class KVStorage:
@@ -47,12 +48,16 @@ class KVStorage:
         self.num_blocks, self.block_size, self.num_host_blocks = num_blocks, block_size, num_host_blocks
         block = (num_kv_heads, block_size, head_dim)
         self.layers = [_zeros((2, 1 + num_blocks, *block), dtype, device) for _ in range(num_layers)]
-        self._host = _zeros((num_host_blocks, num_layers, 2, *block), dtype, "cpu")
+        self.host = _zeros((num_host_blocks, num_layers, 2, *block), dtype, "cpu")
         if num_host_blocks and torch.device(device).type == "cuda":
             self._pin()
         block_bytes = num_layers * 2 * num_kv_heads * block_size * head_dim * dtype.itemsize
-        staged = min(num_host_blocks, max(1, _STAGE_BYTES // block_bytes))
-        self._stage = torch.empty((staged, num_layers, 2, *block), dtype=dtype, device=device)  # [m, L, 2, K, S, D]
+        self._staged = min(num_host_blocks, max(1, STAGE_BYTES // block_bytes))  # m
+
+    @cached_property
+    def _stage(self) -> Tensor:
+        """[m, L, 2, K, S, D]"""
+        return torch.empty((self._staged, *self.host.shape[1:]), dtype=self.host.dtype, device=self.layers[0].device)
 
     def swap_out(self, blocks: I32, host_blocks: I32) -> None:
         """Copies each block to the host block of the same place in the arrays. Does not wait: what is asked for next on the
@@ -61,15 +66,15 @@ class KVStorage:
             staged, index = self._stage[: len(blocks[part])], self._index(blocks[part])
             for number, layer in enumerate(self.layers):
                 staged[:, number] = layer.index_select(1, index).transpose(0, 1)
-            for at, first, count in _runs(host_blocks[part]):
-                self._host[first - 1 : first - 1 + count].copy_(staged[at : at + count], non_blocking=True)
+            for at, first, count in runs(host_blocks[part]):
+                self.host[first - 1 : first - 1 + count].copy_(staged[at : at + count], non_blocking=True)
 
     def swap_in(self, host_blocks: I32, blocks: I32) -> None:
         """Copies each host block back to the block of the same place in the arrays; no block twice. Does not wait either."""
         for part in self._parts(len(blocks)):
             staged, index = self._stage[: len(blocks[part])], self._index(blocks[part])
-            for at, first, count in _runs(host_blocks[part]):
-                staged[at : at + count].copy_(self._host[first - 1 : first - 1 + count], non_blocking=True)
+            for at, first, count in runs(host_blocks[part]):
+                staged[at : at + count].copy_(self.host[first - 1 : first - 1 + count], non_blocking=True)
             for number, layer in enumerate(self.layers):
                 layer.index_copy_(1, index, staged[:, number].transpose(0, 1))
 
@@ -80,8 +85,8 @@ class KVStorage:
             layer.index_copy_(1, destination, layer.index_select(1, source))
 
     def _parts(self, count: int) -> Iterator[slice]:
-        for at in range(0, count, len(self._stage)):
-            yield slice(at, at + len(self._stage))
+        for at in range(0, count, self._staged):
+            yield slice(at, at + self._staged)
 
     def _index(self, blocks: I32) -> Tensor:
         return torch.from_numpy(blocks.astype(np.int64)).to(self.layers[0].device)
@@ -89,8 +94,8 @@ class KVStorage:
     def _pin(self) -> None:
         """Locks the host blocks in memory where they are, for copies that run beside the computation. (Pinned memory made by
         torch comes in powers of two: up to twice of what was asked for.)"""
-        runtime, address = cast(Any, torch.cuda).cudart(), self._host.data_ptr()
-        torch.cuda.check_error(runtime.cudaHostRegister(address, self._host.nbytes, 0))
+        runtime, address = cast(Any, torch.cuda).cudart(), self.host.data_ptr()
+        torch.cuda.check_error(runtime.cudaHostRegister(address, self.host.nbytes, 0))
         weakref.finalize(self, runtime.cudaHostUnregister, address).atexit = False
 
 
@@ -104,7 +109,7 @@ def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | st
     return torch.from_numpy(content[begin : begin + size]).view(dtype).view(shape)
 
 
-def _runs(ids: I32) -> Iterator[tuple[int, int, int]]:
+def runs(ids: I32) -> Iterator[tuple[int, int, int]]:
     """(place in the array, first id, number of ids) of each run of consecutive ids."""
     starts = np.flatnonzero(np.diff(ids, prepend=ids[:1] - 2) != 1)
     lengths = np.diff(starts, append=len(ids))

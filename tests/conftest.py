@@ -6,6 +6,9 @@ import signal
 # One thread per process: the models are tiny, and two processes' OpenMP threads would fight for two cores. Before torch is
 # imported, and for the processes that tests start.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Without a GPU, Triton's kernels run in its interpreter. Triton reads this when it is first imported, by whomever.
+if not any(os.path.exists(device) for device in ("/dev/nvidia0", "/dev/kfd")):
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 # A shell's background job ignores Ctrl-C, and so would every process that a test starts and interrupts.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)

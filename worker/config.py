@@ -11,9 +11,19 @@ DEVICES = ("auto", "cpu", "cuda", "sim")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 QUANTIZATIONS = ("none", "int8")  # of the matrices that are multiplied with
 
+STORED = "stored"  # weights: those of the checkpoint
+
 
 class ConfigError(Exception):
     """An option that can't be; the text names it."""
+
+
+def random_seed(weights: str) -> int:
+    """SEED of "random:SEED". Raises ConfigError."""
+    kind, _, seed = weights.partition(":")
+    if kind != "random" or not seed.isdecimal() or int(seed) >= 1 << 63:
+        raise ConfigError(f"--weights {weights}: {STORED}, or random:SEED with a whole number")
+    return int(seed)
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +49,7 @@ class WorkerConfig:
     device: str = "auto"
     dtype: str = "auto"
     quantization: str = "none"
+    weights: str = STORED
     max_model_len: int | None = None  # tokens; None: the model's, or what the memory holds
     block_size: int = 16  # tokens
     num_blocks: int | None = None
@@ -61,6 +72,8 @@ class WorkerConfig:
         check(self.quantization in QUANTIZATIONS, f"--quantization {self.quantization}: one of {', '.join(QUANTIZATIONS)}")
         only_cpu = f"--quantization {self.quantization} is for --device cpu, not for --device {self.device}"
         check(self.quantization == "none" or self.device in ("auto", "cpu"), only_cpu)
+        if self.weights != STORED:
+            random_seed(self.weights)
         check(self.model is not None or self.device == "sim", "--model is missing: a checkpoint directory or a hub id")
         check(self.max_model_len is None or self.max_model_len >= 2, f"--max-model-len {self.max_model_len}: 2 at least")
         check(1 <= self.block_size <= 256, f"--block-size {self.block_size}: 1 to 256")

@@ -6,12 +6,14 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import logging
 import os
 import platform
 import statistics
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -29,10 +31,15 @@ from kvcache.sizing import (
 )
 from kvcache.storage import KVStorage
 from wire import WorkerFacts
-from worker import compiled
+from worker import compiled, kernels
 from worker.config import ConfigError, WorkerConfig
 from worker.model_config import LongRope, ModelConfig
 from worker.models import Model, footprint, load_model
+
+if TYPE_CHECKING:
+    from worker.gpu.blocks import DeviceBlocks
+
+log = logging.getLogger(__name__)
 
 _SWAP_BLOCKS, _SWAP_ROUNDS = 64, 5  # moved at a time, and how often, to measure what a block takes
 
@@ -40,6 +47,7 @@ _SWAP_BLOCKS, _SWAP_ROUNDS = 64, 5  # moved at a time, and how often, to measure
 @dataclass(slots=True)
 class Loaded:
     model: Model
+    shape: ModelConfig
     kv: KVStorage
     facts: WorkerFacts
     device: torch.device
@@ -49,30 +57,40 @@ def load(config: WorkerConfig, model_dir: Path) -> Loaded:
     """Raises ModelError, SizingError or ConfigError."""
     device = _device(config.device)
     threads = _set_threads(config.threads) if device.type == "cpu" else 0
-    loops = compiled.load() if device.type == "cpu" else ""
+    loops = compiled.load() if device.type == "cpu" else kernels.load()
     wished = ModelConfig.read(model_dir, config.max_model_len)
     dtype = _dtype(config.dtype, device, wished)
     _check_quantization(config, device)
+    if device.type == "cuda":
+        _check_gpu(device, wished)
     _check_memory(config, model_dir, wished, dtype, device)
-    model, shape = load_model(model_dir, dtype, device, wished.max_model_len, config.quantization)
-    pool = _size_pool(config, shape, dtype, device, _available(device))
+    model, shape = load_model(model_dir, dtype, device, wished.max_model_len, config.quantization, config.weights)
+    available, why = _left_for_cache(config, model, shape, dtype, device)
+    pool = _size_pool(config, shape, dtype, device, available, share=CPU_SHARE if device.type == "cpu" else 1)
     if pool.lowered_from is not None and isinstance(shape.rope, LongRope):  # its angles depend on the length
         del model
-        model, shape = load_model(model_dir, dtype, device, pool.max_model_len, config.quantization)
+        model, shape = load_model(model_dir, dtype, device, pool.max_model_len, config.quantization, config.weights)
     _release_freed_memory()
-    host_blocks = _host_blocks(config, pool, device)
-    sizes = (shape.num_layers, pool.num_blocks, shape.num_kv_heads, pool.block_size, shape.head_dim)
-    kv = KVStorage(*sizes, dtype, device, host_blocks)
-    facts = _facts(config, shape, pool, kv, dtype, device, threads, loops, model.num_parameters)
-    return Loaded(model, kv, facts, device)
+    kv, pool = _allocate(config, shape, pool, dtype, device)
+    facts = _facts(config, shape, pool, kv, dtype, device, threads, loops, model.num_parameters, why)
+    return Loaded(model, shape, kv, facts, device)
 
 
 def _device(name: str) -> torch.device:
     if name == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("--device cuda: torch finds no CUDA device here; --device cpu works anywhere")
+        raise ConfigError(f"--device cuda: torch finds no CUDA device here{_why_no_cuda()}; --device cpu works anywhere")
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     return torch.device(name)
+
+
+def _why_no_cuda() -> str:
+    """In torch's words: no driver, one that is too old, or a torch that was built without CUDA."""
+    try:
+        torch.cuda.init()
+    except (RuntimeError, AssertionError) as error:
+        return f" ({' '.join(str(error).split()).split('. ')[0].rstrip('.')})"
+    return ""
 
 
 def _set_threads(wished: int | None) -> int:
@@ -106,6 +124,53 @@ def _dtype(name: str, device: torch.device, shape: ModelConfig) -> torch.dtype:
     return getattr(torch, name)
 
 
+def _check_gpu(device: torch.device, shape: ModelConfig) -> None:
+    if not kernels.is_loaded():
+        raise ConfigError("--device cuda needs triton, which is not installed here: pip install triton, or --device cpu")
+    from worker.gpu.memory import check_device
+
+    check_device(device, shape.head_dim)
+
+
+def _left_for_cache(
+    config: WorkerConfig, model: Model, shape: ModelConfig, dtype: torch.dtype, device: torch.device
+) -> tuple[int, str]:
+    """Bytes that the KV cache may be sized by, with the weights loaded; and why so many, in words, on a GPU."""
+    if device.type == "cpu":
+        return available_memory(), ""
+    from worker.gpu.memory import measure
+
+    budget = measure(model, shape, config, dtype, device)
+    if budget.for_cache <= 0:
+        raise SizingError(f"no memory is left for the KV cache ({budget}): lower --max-step-tokens or --max-batch-rows")
+    return budget.for_cache, f"; {budget}"
+
+
+_SMALLER, _TRIES = 0.95, 10  # of a cache that another process left no memory for
+
+
+def _allocate(
+    config: WorkerConfig, shape: ModelConfig, pool: PoolSize, dtype: torch.dtype, device: torch.device
+) -> tuple[KVStorage, PoolSize]:
+    """The cache, smaller than planned where its size is ours to choose and the memory has gone meanwhile."""
+    for _ in range(_TRIES):
+        sizes = (shape.num_layers, pool.num_blocks, shape.num_kv_heads, pool.block_size, shape.head_dim)
+        try:
+            return KVStorage(*sizes, dtype, device, _host_blocks(config, pool, device)), pool
+        except torch.OutOfMemoryError:
+            torch.cuda.empty_cache()
+            is_wished = config.wish.num_blocks is not None or config.wish.memory_bytes is not None
+            fewer = int(pool.num_blocks * _SMALLER)
+            if is_wished or fewer * pool.block_size < pool.max_model_len:
+                break
+            log.warning("the memory for %d blocks of KV cache is gone, trying %d", pool.num_blocks, fewer)
+            pool = replace(pool, num_blocks=fewer)
+    raise SizingError(
+        f"a KV cache of {pool.num_blocks:,} blocks needs {format_bytes(pool.num_bytes)}, which the GPU no longer has: "
+        "another process took it; try again, or lower --kv-memory-gib"
+    )
+
+
 def _check_quantization(config: WorkerConfig, device: torch.device) -> None:
     what = f"--quantization {config.quantization}"
     if config.quantization == "none":
@@ -119,27 +184,28 @@ def _check_quantization(config: WorkerConfig, device: torch.device) -> None:
 def _check_memory(config: WorkerConfig, model_dir: Path, shape: ModelConfig, dtype: torch.dtype, device: torch.device) -> None:
     """Before anything is read: a model that would not fit, or leaves too little for the KV cache that was asked for, is refused
     with what it needs and what would help. Raises SizingError."""
-    there_is, needed = _available(device), footprint(model_dir, dtype, config.quantization)
+    there_is, needed = _available(device), footprint(model_dir, dtype, config.quantization, config.weights)
     if (needed.peak if device.type == "cpu" else needed.resident) > there_is:  # only a CPU packs them
         raise SizingError(
             f"the weights need {format_bytes(needed.resident)} in {_weights_name(dtype, config.quantization)}, and "
             f"{format_bytes(needed.peak)} while they are loaded; {format_bytes(there_is)} are available: "
-            + _smaller_weights(model_dir, dtype, device, config.quantization, there_is)
+            + _smaller_weights(config, model_dir, dtype, device, there_is)
         )
     try:
-        _size_pool(config, shape, dtype, device, there_is - needed.resident)
+        _size_pool(config, shape, dtype, device, there_is - needed.resident, CPU_SHARE if device.type == "cpu" else CUDA_SHARE)
     except SizingError as error:
         raise SizingError(
             f"{error} (of {format_bytes(there_is)} that are available, the weights take {format_bytes(needed.resident)})"
         ) from None
 
 
-def _smaller_weights(model_dir: Path, dtype: torch.dtype, device: torch.device, quantization: str, there_is: int) -> str:
+def _smaller_weights(config: WorkerConfig, model_dir: Path, dtype: torch.dtype, device: torch.device, there_is: int) -> str:
     """Which options would make them fit."""
+    quantization = config.quantization
     others = [("--quantization int8", dtype, "int8")] if device.type == "cpu" and quantization == "none" else []
     if dtype.itemsize > 2:
         others.append(("--dtype bfloat16", torch.bfloat16, quantization))
-    needed = {option: footprint(model_dir, *settings).peak for option, *settings in others}
+    needed = {option: footprint(model_dir, *settings, config.weights).peak for option, *settings in others}
     fitting = [f"{option} would need {format_bytes(count)}" for option, count in needed.items() if count <= there_is]
     return ", ".join(fitting) or "free some, or take a smaller model"
 
@@ -155,7 +221,7 @@ def _release_freed_memory() -> None:
 
 
 def _size_pool(
-    config: WorkerConfig, shape: ModelConfig, dtype: torch.dtype, device: torch.device, available_bytes: int
+    config: WorkerConfig, shape: ModelConfig, dtype: torch.dtype, device: torch.device, available_bytes: int, share: float
 ) -> PoolSize:
     on_cpu = device.type == "cpu"
     return size_pool(
@@ -164,7 +230,7 @@ def _size_pool(
         model_len=shape.max_model_len,
         max_batch_rows=config.max_batch_rows,
         available_bytes=available_bytes,
-        share=CPU_SHARE if on_cpu else CUDA_SHARE,
+        share=share,
         default_bytes=DEFAULT_CPU_BYTES if on_cpu else None,
         wish=config.wish,
     )
@@ -183,11 +249,16 @@ def _swap_block_ns(kv: KVStorage, device: torch.device) -> int:
     count = min(kv.num_host_blocks, kv.num_blocks, _SWAP_BLOCKS)
     if not count:
         return 0
+    moves: KVStorage | DeviceBlocks = kv
+    if device.type == "cuda":
+        from worker.gpu.blocks import DeviceBlocks
+
+        moves = DeviceBlocks(kv)
     ids, rounds = np.arange(1, count + 1, dtype=np.int32), []
     for _ in range(1 + _SWAP_ROUNDS):
         began = time.perf_counter_ns()
-        kv.swap_out(ids, ids)
-        kv.swap_in(ids, ids)
+        moves.swap_out(ids, ids)
+        moves.swap_in(ids, ids)
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         rounds.append(time.perf_counter_ns() - began)
@@ -221,16 +292,17 @@ def _facts(
     threads: int,
     loops: str,
     num_parameters: int,
+    why: str,
 ) -> WorkerFacts:
     dtype_name, weights = str(dtype).removeprefix("torch."), _weights_name(dtype, config.quantization)
-    loops = f", loops by {loops}" if loops else ""
-    where = f"cpu ({threads} threads{_lacking()}{loops})" if device.type == "cpu" else torch.cuda.get_device_name(device)
+    by = f", {'loops' if device.type == 'cpu' else 'kernels'} by {loops}" if loops else ""
+    where = f"cpu ({threads} threads{_lacking()}{by})" if device.type == "cpu" else f"{torch.cuda.get_device_name(device)}{by}"
     swap = f", {format_bytes(kv.num_host_blocks * pool.block_bytes)} of host memory to swap to" if kv.num_host_blocks else ""
     size = f"{num_parameters / 1e9:.2f} B" if num_parameters >= 1e9 else f"{num_parameters / 1e6:.1f} M"
     return WorkerFacts(
         device=device.type,
         pid=os.getpid(),
-        description=f"{shape.architecture}, {size} parameters in {weights} on {where}; KV cache {pool}{swap}",
+        description=f"{shape.architecture}, {size} parameters in {weights} on {where}; KV cache {pool}{swap}{why}",
         architecture=shape.architecture,
         dtype=dtype_name,
         vocab_size=shape.vocab_size,

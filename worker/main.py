@@ -20,7 +20,7 @@ import zmq
 
 from kvcache.sizing import SizingError
 from worker import model_files, openmp
-from worker.config import DEVICES, DTYPES, QUANTIZATIONS, ConfigError, SimConfig, WorkerConfig
+from worker.config import DEVICES, DTYPES, QUANTIZATIONS, STORED, ConfigError, SimConfig, WorkerConfig
 from worker.executor import Executor, one_line
 from worker.link import Link
 from worker.model_config import ModelError
@@ -53,6 +53,7 @@ def parse(arguments: Sequence[str]) -> tuple[WorkerConfig, str]:
         choices=QUANTIZATIONS,
         help="int8: weights of 8 bits, on a CPU only [none]",
     )
+    add("--weights", default=STORED, metavar="random:SEED", help="made up instead of read, for measurements of a shape")
     add("--max-model-len", type=int, metavar="N", help="tokens of prompt and output together [the model's]")
     add("--block-size", type=int, default=16, metavar="N", help="tokens of one KV-cache block [16]")
     add("--num-blocks", type=int, metavar="N", help="blocks of the KV cache [what the memory allows]")
@@ -100,10 +101,17 @@ def make_executor(config: WorkerConfig) -> Executor:
 
         return SimExecutor.of(config, model_dir)
     openmp.set_defaults()
-    from worker.model_executor import ModelExecutor
+    from worker.loading import load
 
     assert model_dir is not None
-    return ModelExecutor.of(config, model_dir)
+    loaded = load(config, model_dir)
+    if loaded.device.type == "cuda":
+        from worker.gpu.executor import GpuExecutor
+
+        return GpuExecutor(loaded)
+    from worker.model_executor import ModelExecutor
+
+    return ModelExecutor.with_model(loaded)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -54,11 +54,13 @@ class Sequences:
         self.num_tokens = np.zeros(rows, np.int64)  # known
         self.num_computed = np.zeros(rows, np.int64)  # of these, keys and values in the cache
         self.num_prompt = np.zeros(rows, np.int64)
+        self.num_given = np.zeros(rows, np.int64)  # came with the start; those behind them were drawn here
         self.output_index = np.zeros(rows, np.int32)
         self.columns = SamplingColumns(rows, self.vocab_size)
         self.live = np.zeros(rows, np.bool_)
         self.blocks = Blocks(facts.num_blocks, facts.num_host_blocks)
         self.next_step = 0
+        self._written: list[tuple[Index, I32]] = []
         self._mark = np.zeros(rows, np.intp)  # scratch of _distinct
 
     def reset(self) -> None:
@@ -74,6 +76,7 @@ class Sequences:
         if plan.header.step_id != self.next_step:
             raise PlanError(f"step {plan.header.step_id} came where step {self.next_step} was expected")
         self.next_step += 1
+        self._written.clear()
         self._end(plan.ended)
         moving = moves(plan)
         if moving:
@@ -91,6 +94,11 @@ class Sequences:
         """Writes the N tokens that this step sampled behind the tokens of their sequences."""
         drawing = rows.drawing[: rows.num_sampled]
         self.tokens[rows.slots[drawing], rows.first[drawing] + rows.count[drawing]] = sampled
+
+    def table_writes(self) -> tuple[Index, I32]:
+        """What the last plan wrote to the block tables: places in the flat array, none twice, and the blocks there."""
+        places = [where for where, _ in self._written] or [np.empty(0, np.intp)]
+        return np.concatenate(places), np.concatenate([blocks for _, blocks in self._written] or [np.empty(0, np.int32)])
 
     def sampling(self, rows: StepRows) -> SamplingRows:
         slots = rows.slots[rows.drawing]
@@ -148,11 +156,13 @@ class Sequences:
         refuse(repeated(blocks), blocks, f"sequence {start.sequence_id} in slot {slot}: block {{}} stands twice in its table")
         self.tokens[slot, : len(tokens)] = tokens
         self.block_tables[slot, : len(blocks)] = blocks
+        self._written.append((slot * self.block_tables.shape[1] + np.arange(len(blocks)), blocks))
         np.add.at(self.blocks.refs, blocks, 1)
         self.num_blocks[slot] = len(blocks)
         self.num_tokens[slot] = start.num_tokens
         self.num_computed[slot] = start.num_computed_tokens
         self.num_prompt[slot] = start.num_prompt_tokens
+        self.num_given[slot] = start.num_tokens
         self.output_index[slot] = start.output_index
         self.columns.put(slot, start.sampling)
         self.live[slot] = True
@@ -182,6 +192,7 @@ class Sequences:
             slot = slots[column.argmax()]
             raise PlanError(f"slot {slot} grows beyond the {self.block_tables.shape[1]} blocks of max_model_len")
         self.block_tables[slots, column] = blocks
+        self._written.append((slots * self.block_tables.shape[1] + column, blocks))
         np.add.at(self.num_blocks, slots, 1)
         np.add.at(self.blocks.refs, blocks, 1)
 

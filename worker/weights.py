@@ -7,6 +7,7 @@ ever exists. safetensors only: a pickle can run code.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -60,11 +61,12 @@ class Checkpoint:
         device: torch.device | str,
         dtype: torch.dtype | str | None,
         quantization: str = "none",
+        stored: bool = True,
     ) -> None:
         """dtype None: that of the first stored tensor. Raises CheckpointError, also if a shard is missing."""
         self.device, self.quantization, self.num_parameters = torch.device(device), quantization, 0
         self._files: dict[Path, Any] = {}  # open safetensors files
-        self._file_of = _tensor_files(model_dir)
+        self._file_of = _tensor_files(model_dir) if stored else {}
         self._where = model_dir
         self._left = set(self._file_of)
         if dtype is None:
@@ -146,11 +148,39 @@ class Checkpoint:
         return self._files[path]
 
 
+class RandomWeights:
+    """Made up where they are wanted, without a file: for measurements of a model's shape. Equal seeds give equal weights on one
+    kind of device. As models are before training: matrices normal with a deviation of 0.02, norms one, biases zero."""
+
+    _DEVIATION = 0.02
+
+    def __init__(self, seed: int, device: torch.device | str, dtype: torch.dtype, quantization: str = "none") -> None:
+        self.device, self.dtype, self.quantization, self.num_parameters = torch.device(device), dtype, quantization, 0
+        self._generator = torch.Generator(self.device).manual_seed(seed)
+
+    def take(self, name: str, *shape: int) -> Tensor:
+        self.num_parameters += math.prod(shape)
+        if len(shape) == 1:
+            value = 0.0 if name.endswith(".bias") else 1.0
+            return torch.full(shape, value, dtype=self.dtype, device=self.device)
+        return torch.empty(shape, dtype=self.dtype, device=self.device).normal_(0, self._DEVIATION, generator=self._generator)
+
+    def table(self, name: str, *shape: int) -> Tensor:
+        return self.take(name, *shape)
+
+    def stack(self, parts: Mapping[str, int], *rest: int) -> Tensor:
+        return self.take(next(iter(parts)), sum(parts.values()), *rest)
+
+    def same(self, name: str, tensor: Tensor) -> None:
+        pass
+
+
 class Outline(Checkpoint):
     """Weights without content: a model that is put together with them takes no memory, and they say what it would take."""
 
-    def __init__(self, model_dir: Path, dtype: torch.dtype | str | None) -> None:
-        super().__init__(model_dir, "meta", dtype)
+    def __init__(self, model_dir: Path, dtype: torch.dtype | str | None, stored: bool = True) -> None:
+        """Not stored: of random weights."""
+        super().__init__(model_dir, "meta", dtype, stored=stored)
         self._matrices: list[tuple[int, int]] = []  # outputs, inputs
         self._other_bytes = 0
 

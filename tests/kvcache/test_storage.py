@@ -68,7 +68,7 @@ def test_a_block_of_one_head_is_contiguous() -> None:
 def test_blocks_come_back_from_the_host_as_they_went(
     monkeypatch: pytest.MonkeyPatch, staged_blocks: int, dtype: torch.dtype
 ) -> None:
-    monkeypatch.setattr(storage, "_STAGE_BYTES", staged_blocks * 3 * 2 * 2 * 4 * 8 * dtype.itemsize)
+    monkeypatch.setattr(storage, "STAGE_BYTES", staged_blocks * 3 * 2 * 2 * 4 * 8 * dtype.itemsize)
     kv, choose = filled(1, dtype=dtype), np.random.default_rng(1)
     loops = Loops(kv)
     for count in (1, 5, 12):
@@ -124,13 +124,13 @@ def test_arrays_as_they_come_from_the_wire_are_taken() -> None:
     ],
 )
 def test_runs_of_consecutive_ids(ids: list[int], expected: list[tuple[int, int, int]]) -> None:
-    assert list(storage._runs(np.array(ids, np.int32))) == expected
+    assert list(storage.runs(np.array(ids, np.int32))) == expected
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="host memory is pinned for CUDA only")
 def test_on_a_gpu_host_blocks_are_pinned_and_come_back() -> None:
     kv = KVStorage(3, NUM_BLOCKS, 2, 4, 8, torch.float32, "cuda", NUM_HOST_BLOCKS)
-    assert kv._host.is_pinned()
+    assert kv.host.is_pinned()
     for layer in kv.layers:
         layer.normal_()
     loops, choose = Loops(kv), np.random.default_rng(5)

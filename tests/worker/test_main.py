@@ -125,14 +125,14 @@ def test_wrong_usage_is_one_line_and_exit_2(options: list[str], part: str) -> No
 def test_options_arrive_in_the_configuration() -> None:
     line = (
         "--connect ipc://x --model m --revision r --device cpu --dtype float16 --max-model-len 100 --block-size 32"
-        " --quantization int8"
+        " --quantization int8 --weights random:7"
         " --num-blocks 9 --max-batch-rows 3 --max-step-tokens 44 --threads 5 --group 2 --log-level debug"
         " --swap-gib 1.5 --sim-base-ns 1 --sim-end-chance 0.5 --sim-swap-block-ns 7 --sim-copy-block-ns 8 --sim-host-blocks 9"
     )
     config, level = parse(line.split())
     assert level == "debug" and config == WorkerConfig(
         connect="ipc://x", model="m", revision="r", device="cpu", dtype="float16", max_model_len=100, block_size=32,
-        quantization="int8",
+        quantization="int8", weights="random:7",
         num_blocks=9, swap_gib=1.5, max_batch_rows=3, max_step_tokens=44, threads=5, group=2, sim=config.sim,
     )  # fmt: skip
     assert config.sim.base_ns == 1 and config.sim.end_chance == 0.5 and config.swap_bytes == 3 << 29
@@ -150,6 +150,7 @@ def test_options_arrive_in_the_configuration() -> None:
         ("max_batch_rows", 65_536, "--max-batch-rows"), ("max_step_tokens", 0, "--max-step-tokens"),
         ("threads", 0, "--threads"), ("group", -1, "--group"),
         ("dtype", "int8", "--dtype"), ("quantization", "int4", "--quantization int4"),
+        ("weights", "random", "--weights random"), ("weights", "random:x", "random:SEED"), ("weights", "zeros:1", "stored, or"),
         ("sim", SimConfig(host_blocks=-1), "--sim-host-blocks"),
     ],
 )  # fmt: skip

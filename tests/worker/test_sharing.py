@@ -40,7 +40,7 @@ class Recorded:
 
     def begin(self) -> PlanMaker:
         self.executor.reset()
-        for tensor in (*self.executor._kv.layers, self.executor._kv._host):
+        for tensor in (*self.executor._kv.layers, self.executor._kv.host):
             tensor.fill_(torch.nan)
         self.tokens: dict[int, list[int]] = {}
         self.logits: dict[int, list[torch.Tensor]] = {}

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from tests.helpers.checkpoints import make_checkpoint, write_config
 from tests.helpers.paged_model import PagedModel
 from worker.model_config import ModelError
-from worker.models import Model, load_model
+from worker.models import Model, footprint, load_model
 from worker.weights import Checkpoint, CheckpointError
 
 UP, EMBEDDING = "model.layers.1.mlp.up_proj.weight", "model.embed_tokens.weight"
@@ -288,3 +288,28 @@ def test_no_file_stays_mapped(whole: Path, tmp_path: Path) -> None:
         assert str(folder) in Path("/proc/self/maps").read_text()
     model = load(folder)
     assert str(folder) not in Path("/proc/self/maps").read_text() and model.num_parameters > 0
+
+
+# ------------------------------------------------------------------------------------------------------------------ random
+
+
+def test_random_weights_are_the_same_for_a_seed_and_need_no_file(tmp_path: Path) -> None:
+    folder = make_checkpoint(tmp_path, "llama")
+    for path in folder.glob("*.safetensors"):
+        path.unlink()
+    first, again, other = (load_model(folder, torch.float32, "cpu", None, weights=f"random:{seed}")[0] for seed in (1, 1, 2))
+    states = [dict(model.named_parameters()) for model in (first, again, other)]
+    table = "embedding.table"
+    assert states[0][table].equal(states[1][table]) and not states[0][table].equal(states[2][table])
+    assert 0.018 < float(states[0][table].std()) < 0.022
+    assert (states[0]["norm.weight"] == 1).all()
+    assert footprint(folder, torch.float32, "none", "random:1").resident > 4 * first.num_parameters * 0.99
+
+
+def test_random_weights_have_the_shape_of_the_stored_ones(tmp_path: Path) -> None:
+    folder = make_checkpoint(tmp_path, "opt")
+    stored, made = (load_model(folder, None, "cpu", None, weights=weights)[0] for weights in ("stored", "random:5"))
+    assert stored.num_parameters == made.num_parameters
+    assert all(
+        a.shape == b.shape and a.dtype == b.dtype for a, b in zip(stored.parameters(), made.parameters(), strict=True)
+    )

@@ -7,10 +7,14 @@ from collections.abc import Callable
 import torch.nn.functional as F
 from torch import Tensor
 
+from worker import kernels
+
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": F.relu, "gelu": F.gelu}
 
 
 def silu_and_mul(gate_up_TF: Tensor) -> Tensor:
     """silu(gate) · up of [gate, up] side by side, [T, 2F] → [T, F] (SwiGLU, Shazeer 2020, arXiv:2002.05202)."""
+    if kernels.fits(gate_up_TF):
+        return kernels.silu_and_mul(gate_up_TF)
     gate_TF, up_TF = gate_up_TF.chunk(2, dim=-1)
     return F.silu(gate_TF).mul_(up_TF)

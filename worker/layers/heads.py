@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from worker import compiled
+from worker import compiled, kernels
 from worker.attention.base import AttentionBackend, AttentionInputs
 from worker.layers.norm import RMSNorm
 from worker.layers.rotary import CosSin, rotate
@@ -19,6 +19,8 @@ def rotate_and_write(
     """Turns the queries and the keys, writes keys and values to their slots, and returns the queries [T, H, D]."""
     if compiled.fits(qkv_TAD) and compiled.fits_cache(kv_layer):
         return compiled.rotate_and_write(qkv_TAD, num_heads, cos_sin, kv_layer, inputs.slot_mapping)
+    if kernels.fits(qkv_TAD):
+        return kernels.rotate_and_write(qkv_TAD, num_heads, *cos_sin, kv_layer, inputs.slot_mapping)
     num_kv_heads = (qkv_TAD.shape[1] - num_heads) // 2
     qk_TBD = rotate(qkv_TAD, *cos_sin, num_heads + num_kv_heads)  # B = H + K
     attention.write(qk_TBD[:, num_heads:], qkv_TAD[:, num_heads + num_kv_heads :], kv_layer, inputs)
@@ -39,6 +41,11 @@ def norm_rotate_and_write(
     if compiled.fits(qkv_TAD) and compiled.fits_cache(kv_layer):
         weights = (q_norm.weight, k_norm.weight)
         return compiled.norm_rotate_and_write(qkv_TAD, num_heads, *weights, q_norm.eps, cos_sin, kv_layer, inputs.slot_mapping)
+    if kernels.fits(qkv_TAD):
+        weights = (q_norm.weight, k_norm.weight)
+        return kernels.norm_rotate_and_write(
+            qkv_TAD, num_heads, *weights, q_norm.eps, *cos_sin, kv_layer, inputs.slot_mapping
+        )
     num_kv_heads = (qkv_TAD.shape[1] - num_heads) // 2
     q_THD, k_TKD, v_TKD = qkv_TAD.split((num_heads, num_kv_heads, num_kv_heads), dim=1)
     q_THD, k_TKD = rotate(q_norm(q_THD), *cos_sin), rotate(k_norm(k_TKD), *cos_sin)

@@ -10,11 +10,12 @@ from torch import Tensor
 
 from kvcache.storage import KVStorage
 from worker.attention.base import AttentionBackend, AttentionInputs
+from worker.config import STORED, random_seed
 from worker.model_config import ModelConfig
 from worker.models.llama import Llama
 from worker.models.opt import Opt
 from worker.models.qwen3 import Qwen3
-from worker.weights import Checkpoint, Footprint, Outline, Weights
+from worker.weights import Checkpoint, Footprint, Outline, RandomWeights, Weights
 
 
 class Model(Protocol):
@@ -52,12 +53,12 @@ def build(config: ModelConfig, weights: Weights) -> Model:
     return _MODELS[config.architecture](config, weights)
 
 
-def footprint(model_dir: Path, dtype: torch.dtype, quantization: str) -> Footprint:
+def footprint(model_dir: Path, dtype: torch.dtype, quantization: str, weights: str = STORED) -> Footprint:
     """What load_model with the same arguments would take of memory, by the files' headers. Raises ModelError."""
     config = ModelConfig.read(model_dir, _SHORT)
-    with Outline(model_dir, dtype) as weights:
-        build(config, weights)
-        return weights.footprint(quantization)
+    with Outline(model_dir, dtype, stored=weights == STORED) as outline:
+        build(config, outline)
+        return outline.footprint(quantization)
 
 
 def load_model(
@@ -66,14 +67,18 @@ def load_model(
     device: torch.device | str,
     max_model_len: int | None,
     quantization: str = "none",
+    weights: str = STORED,
 ) -> tuple[Model, ModelConfig]:
     """Reads config.json and the safetensors files of a directory. dtype None: the checkpoint's own. quantization "int8": of
-    the matrices that are multiplied with (layers.products), on a CPU only.
+    the matrices that are multiplied with (layers.products), on a CPU only. weights "random:SEED": none are read.
 
     Raises ModelError (ModelConfigError, CheckpointError): one line naming the file and the tensor or setting.
     """
     config = ModelConfig.read(model_dir, max_model_len)
-    with Checkpoint(model_dir, device, dtype or config.dtype, quantization) as weights:
-        model = build(config, weights)
-        weights.check_all_taken()
+    if weights != STORED:
+        made = getattr(torch, config.dtype or "float32") if dtype is None else dtype
+        return build(config, RandomWeights(random_seed(weights), device, made, quantization)), config
+    with Checkpoint(model_dir, device, dtype or config.dtype, quantization) as checkpoint:
+        model = build(config, checkpoint)
+        checkpoint.check_all_taken()
     return model, config

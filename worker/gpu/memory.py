@@ -1,0 +1,112 @@
+"""What of a GPU's memory is left for the KV cache, found by doing once what will be done: the largest step.
+
+Another process may take or free memory at any moment, so what is free is asked for only where it is divided, and whoever
+allocates the cache takes less when it is not there any more.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from kvcache.sizing import GIB, SizingError, format_bytes
+from kvcache.storage import KVStorage
+from worker.attention.base import AttentionInputs
+from worker.attention.triton_paged import TritonPagedAttention
+from worker.config import ConfigError, WorkerConfig
+from worker.gpu.draw import draw
+from worker.gpu.state import DeviceState
+from worker.model_config import ModelConfig
+from worker.models import Model
+
+OLDEST = (8, 0)  # compute capability; before it there is no bfloat16 and no asynchronous copy to shared memory
+HEAD_DIMS = range(32, 257, 16)
+_KERNELS_BYTES = GIB // 4  # compiled kernels, captured graphs, the libraries' workspaces
+_SPARE = 0.01  # of the whole: fragments
+
+
+@dataclass(frozen=True, slots=True)
+class Budget:
+    """Bytes."""
+
+    total: int  # of the device
+    free: int  # with the weights loaded
+    largest_step: int  # what it takes at its peak
+    state: int  # by slot: tables, parameters, counted tokens
+
+    @property
+    def for_cache(self) -> int:
+        """The largest step's memory is needed twice: captured steps keep theirs."""
+        return self.free - 2 * self.largest_step - self.state - _KERNELS_BYTES - int(_SPARE * self.total)
+
+    def __str__(self) -> str:
+        used = self.total - self.free
+        return (
+            f"of {format_bytes(self.total)}: {format_bytes(used)} weights and others, 2 × {format_bytes(self.largest_step)} "
+            f"largest step, {format_bytes(self.state)} state, {format_bytes(max(0, self.for_cache))} left for the KV cache"
+        )
+
+
+def check_device(device: torch.device, head_dim: int) -> None:
+    """Raises ConfigError for a GPU, or a model, that the kernels don't serve."""
+    capability = torch.cuda.get_device_capability(device)
+    if torch.version.hip is None and capability < OLDEST:
+        name, has, needs = torch.cuda.get_device_name(device), *(".".join(map(str, each)) for each in (capability, OLDEST))
+        raise ConfigError(f"{name} has compute capability {has}, the kernels need {needs}: --device cpu works anywhere")
+    check_head_dim(head_dim)
+
+
+def check_head_dim(head_dim: int) -> None:
+    if head_dim not in HEAD_DIMS:
+        served = f"{HEAD_DIMS.start} to {HEAD_DIMS[-1]} in steps of {HEAD_DIMS.step}"
+        raise ConfigError(f"the model's heads have {head_dim} numbers, the kernels serve {served}: --device cpu takes any")
+
+
+def measure(model: Model, shape: ModelConfig, config: WorkerConfig, dtype: torch.dtype, device: torch.device) -> Budget:
+    """Runs the largest step, on a cache that is just large enough for it."""
+    torch.cuda.empty_cache()
+    free, total = torch.cuda.mem_get_info(device)
+    width = -(-shape.max_model_len // config.block_size)
+    state = DeviceState(config.max_batch_rows, width, shape.vocab_size, device)
+    before = torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    try:
+        kept = _largest_step(model, shape, config, dtype, device, state)
+    except torch.OutOfMemoryError:
+        raise SizingError(
+            f"{format_bytes(free)} of the GPU's {format_bytes(total)} are free with the weights loaded, too little for a step "
+            f"of {config.max_step_tokens:,} tokens: lower --max-step-tokens or --max-batch-rows"
+        ) from None
+    peak = torch.cuda.max_memory_allocated(device) - before
+    budget = Budget(total, free, peak - kept, state.num_bytes)
+    del state
+    torch.cuda.empty_cache()
+    return budget
+
+
+@torch.inference_mode()
+def _largest_step(
+    model: Model, shape: ModelConfig, config: WorkerConfig, dtype: torch.dtype, device: torch.device, state: DeviceState
+) -> int:
+    """Computes max_step_tokens tokens and draws for max_batch_rows. Returns the bytes of the small cache."""
+    count = np.diff(
+        np.minimum(np.arange(0, config.max_step_tokens + shape.max_model_len, shape.max_model_len), config.max_step_tokens)
+    )
+    blocks = -(-count // config.block_size)
+    kv = KVStorage(shape.num_layers, int(blocks.sum()), shape.num_kv_heads, config.block_size, shape.head_dim, dtype, device)
+    tables = np.zeros((len(count), int(blocks.max())), np.int32)
+    tables[np.arange(tables.shape[1]) < blocks[:, None]] = np.arange(1, blocks.sum() + 1)
+    positions = np.concatenate([np.arange(each) for each in count])
+    rows = np.repeat(np.arange(len(count)), count)
+    slots = tables[rows, positions // config.block_size] * np.int64(config.block_size) + positions % config.block_size
+    query_start = np.concatenate(([0], np.cumsum(count))).astype(np.int32)
+    inputs = AttentionInputs.of(query_start, count.astype(np.int32), tables, slots, device)
+    positions_T = torch.from_numpy(positions).to(device)
+    hidden_TC = model.forward(torch.zeros_like(positions_T), positions_T, TritonPagedAttention(), kv, inputs)
+    drawing_N = torch.zeros(config.max_batch_rows, dtype=torch.int64, device=device)
+    logits_NV = model.logits(hidden_TC[drawing_N])
+    slots_N = torch.full_like(drawing_N, state.dump, dtype=torch.int32)
+    draw(logits_NV, state, slots_N, torch.ones_like(slots_N), None)
+    return sum(layer.nbytes for layer in kv.layers)
