@@ -12,7 +12,7 @@ DEVICE ?= auto
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo serve test test-all lint bench-core bench-scheduler bench-cpu bench-peers protos env clean
+.PHONY: help demo serve test test-all lint bench-core bench-edge bench-scheduler bench-cpu bench-peers protos env clean
 
 help:
 	@echo "make demo              24 concurrent requests on the bundled model: watch the batch turn, compare with static"
@@ -22,6 +22,7 @@ help:
 	@echo "make test-all          the long property runs and the whole matrix too"
 	@echo "make lint              ruff, mypy, import rules, stubs up to date"
 	@echo "make bench-core        what the scheduler costs: targets S1, S2, S3, without a model (ARGS=--quick: a minute)"
+	@echo "make bench-edge        what gRPC takes, with a null model: targets S4, S5, S6 (3 minutes; ARGS=--quick: 20 seconds)"
 	@echo "make bench-scheduler   what it decides, simulated: four workloads by three policies, and targets G11, G14, G15"
 	@echo "make bench-cpu         Carousel and transformers on this CPU: targets C1, C3, C4, C5 (10 minutes; ARGS=--quick: two)"
 	@echo "make bench-peers       Carousel beside OpenVINO GenAI, vLLM, llama.cpp on this CPU: target C2 (installs them on first use)"
@@ -60,6 +61,9 @@ lint: $(READY)
 bench-core: $(READY)
 	$(BIN)/python -c 'import matplotlib' 2>/dev/null || PIP_USER=0 $(BIN)/python -m pip install -c constraints.txt -e '.[bench]'
 	$(BIN)/python -m bench.core --json bench/results/core.jsonl --plot docs/img/core_cost.png $(ARGS)
+
+bench-edge: $(READY)
+	$(BIN)/python -m bench.edge --json bench/results/edge.jsonl $(ARGS)
 
 bench-scheduler: $(READY)
 	$(BIN)/carousel simulate --workload azure-conv-like,azure-code-like,mooncake-like,anyscale-512 \

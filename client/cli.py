@@ -1,11 +1,11 @@
 """The `carousel` command: starts a server, and calls one. Starts other parts as processes and imports none of them.
 
-Exit codes: 0 done, 1 failed, 2 wrong usage; 130 and 141 when Ctrl-C or a closed pipe ended it. Errors are one line on stderr.
+Exit codes: 0 done, 1 failed, 2 wrong usage; 130 by Ctrl-C, 129 and 143 by other signals, 141 by a closed pipe. Errors are one
+line on stderr.
 """
 
 from __future__ import annotations
 
-import contextlib
 import os
 import queue
 import signal
@@ -19,35 +19,36 @@ from types import TracebackType
 from typing import Any, NoReturn
 
 import click
-import grpc
 
 from carousel.v1 import generation_pb2
-from client import control_commands, token_command
+from client import batch_command, control_commands, token_command
 from client.api import CarouselClient
-from client.errors import CarouselError, ServerUnreachableError
+from client.completion import completion_options, files, folders
+from client.errors import CarouselError
 from client.options import on_a_server
-from client.printing import closed_pipe, harmless, to_json
-from client.requests import ON_TIMEOUT, PRIORITIES
+from client.printing import advice, closed_pipe, harmless, say, to_json
+from client.request_options import request_options
+from client.server import safe_environment, server_options
 from client.streams import GenerateStream
 
-_INTERRUPTED = 130  # 128 + SIGINT
+_SIGNALLED = 128  # exit codes of a process that a signal ended start here
+_INTERRUPTED = _SIGNALLED + signal.SIGINT
+_ENDINGS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _CANCEL_S = 2.0  # how long Ctrl-C waits for the server's word
 _COUNT = click.IntRange(0)
-_MOST_OUTPUTS = 64  # of one request; the server's limit too
-# In grpc's words when somebody is there and the two can't agree; "Socket closed" is all that a side hears which lacks TLS, or a
-# certificate.
-_TLS_SIGNS = ("Socket closed", "Tls handshake", "verification check")
 _SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
 
 
 @click.group(context_settings=_SETTINGS)
 @click.version_option(package_name="carousel-serve", prog_name="carousel")
+@completion_options
 def carousel() -> None:
     """Carousel serves large language models over gRPC, with continuous batching and a paged KV cache.
 
     \b
     Start a server in one terminal:      carousel serve --model DIR_OR_HUB_ID
     Stream a continuation in another:    carousel generate --prompt "def fibonacci(n):"
+    Or a whole file, with no server:     carousel batch IN.jsonl OUT.jsonl --model DIR_OR_HUB_ID
     """
 
 
@@ -59,6 +60,7 @@ def carousel() -> None:
     "--model",
     required=True,
     metavar="DIR_OR_HUB_ID",
+    shell_complete=folders,
     help="A checkpoint in the Hugging Face format: a folder with config.json, tokenizer.json and *.safetensors, or the id of"
     " one on the hub (downloaded once, into the hub's own cache).",
 )
@@ -83,12 +85,23 @@ def carousel() -> None:
 )
 @click.option("--host", metavar="ADDRESS", help="Address to listen on; 0.0.0.0: every one. [default: 127.0.0.1]")
 @click.option("--port", type=click.IntRange(0, 65535), metavar="N", help="Port to listen on; 0: a free one. [default: 50051]")
-@click.option("--tls-cert", metavar="FILE", help="PEM certificate of this server: calls are encrypted. Needs --tls-key.")
-@click.option("--tls-key", metavar="FILE", help="Its private key, PEM without a password.")
-@click.option("--tls-client-ca", metavar="FILE", help="PEM certificates: clients must show one that these vouch for.")
+@click.option(
+    "--tls-cert",
+    metavar="FILE",
+    shell_complete=files,
+    help="PEM certificate of this server: calls are encrypted. Needs --tls-key.",
+)
+@click.option("--tls-key", metavar="FILE", shell_complete=files, help="Its private key, PEM without a password.")
+@click.option(
+    "--tls-client-ca",
+    metavar="FILE",
+    shell_complete=files,
+    help="PEM certificates: clients must show one that these vouch for.",
+)
 @click.option(
     "--tokens",
     metavar="FILE",
+    shell_complete=files,
     help="Who may call: hashed keys, a JSON object a line, each with sha256, tenant and, for Control and Inspect, admin;"
     " `carousel token` makes them. Read at the start. [default: everybody may]",
 )
@@ -162,7 +175,12 @@ def carousel() -> None:
 @click.option(
     "--swap-gib", type=click.FloatRange(0), metavar="GIB", help="Host memory for preempted requests. [default: the worker's]"
 )
-@click.option("--record", metavar="FILE", help="Write all that the scheduler is told and plans, for `carousel replay`.")
+@click.option(
+    "--record",
+    metavar="FILE",
+    shell_complete=files,
+    help="Write all that the scheduler is told and plans, for `carousel replay`.",
+)
 @click.option("--record-limit-mib", type=click.FloatRange(1), metavar="MIB", help="The recording ends at this size.")
 @click.option("--threads", type=click.IntRange(1), metavar="N", help="Threads of the CPU worker. [default: one per core]")
 @click.option("--frontends", type=click.IntRange(1, 64), metavar="N", help="gRPC processes that share the port. [default: 1]")
@@ -186,28 +204,18 @@ def serve(scheduler_options: tuple[str, ...], **options: str | float | tuple[str
       carousel serve --model some-org/some-model --revision main --port 8001
       carousel serve --model ./my-checkpoint --device cpu --threads 2 --kv-memory-gib 2
     """
-    arguments: list[str] = []
-    for name, value in options.items():
-        flag = f"--{name.replace('_', '-')}"
-        if value is True:
-            arguments.append(flag)
-        elif value is not None:
-            for each in value if isinstance(value, tuple) else (value,):
-                arguments += [flag, str(each)]
-    _become("scheduler", *arguments, *scheduler_options)
+    _become("scheduler", *server_options(options), *scheduler_options)
 
 
 def _become(module: str, *arguments: str) -> NoReturn:
-    # Safe path: a folder or file named scheduler, worker, … where the user happens to stand is not ours.
-    environment = os.environ | {"PYTHONSAFEPATH": "1"}
-    os.execve(sys.executable, [sys.executable, "-m", module, *arguments], environment)
+    os.execve(sys.executable, [sys.executable, "-m", module, *arguments], safe_environment())
 
 
 # ---------------------------------------------------------------------------------------------------------------- replay
 
 
 @carousel.command(context_settings=_SETTINGS | {"ignore_unknown_options": True, "help_option_names": []})
-@click.argument("arguments", nargs=-1, type=click.UNPROCESSED, metavar="FILE [OPTIONS]")
+@click.argument("arguments", nargs=-1, type=click.UNPROCESSED, metavar="FILE [OPTIONS]", shell_complete=files)
 def replay(arguments: tuple[str, ...]) -> NoReturn:
     """Run the scheduler's core again on what a server recorded with --record, and compare what it plans.
 
@@ -241,15 +249,6 @@ def _token_ids(context: click.Context, parameter: click.Parameter, value: str | 
     return [int(part) for part in parts]
 
 
-def _logit_bias(_: click.Context, __: click.Parameter, value: str | None) -> dict[int, float] | None:
-    if value is None:
-        return None
-    try:
-        return {int(token): float(bias) for token, bias in (part.split(":") for part in value.split(","))}
-    except ValueError:
-        raise click.BadParameter("give token ids with what to add to their logits, as in 11:-100,42:5") from None
-
-
 @carousel.command(context_settings=_SETTINGS)
 @click.option("--prompt", metavar="TEXT", help="The text to continue.")
 @click.option(
@@ -262,47 +261,7 @@ def _logit_bias(_: click.Context, __: click.Parameter, value: str | None) -> dic
 @click.option("--token-ids", callback=_token_ids, metavar="1,2,3", help="Token ids instead of text.")
 @click.argument("dash", required=False, metavar="[-]")
 @on_a_server
-@click.option(
-    "--max-tokens", type=click.IntRange(1), metavar="N", help="Most tokens to generate. [default: as many as the model allows]"
-)
-@click.option(
-    "--temperature",
-    type=float,
-    metavar="T",
-    help="0: always the likeliest token; higher: more varied. [default for this and the next three: the model's own]",
-)
-@click.option("--top-k", type=_COUNT, metavar="K", help="Draw from the K likeliest tokens; 0: from all.")
-@click.option("--top-p", type=float, metavar="P", help="Draw from the likeliest tokens that make up this probability.")
-@click.option("--min-p", type=float, metavar="P", help="Leave out tokens less likely than this share of the likeliest.")
-@click.option("--repetition-penalty", type=float, metavar="X", help="Above 1: what prompt and output hold becomes less likely.")
-@click.option("--presence-penalty", type=float, metavar="X", help="Taken from the logits of all that the output holds.")
-@click.option("--frequency-penalty", type=float, metavar="X", help="The same, times how often it holds it.")
-@click.option(
-    "--logit-bias",
-    callback=_logit_bias,
-    metavar="ID:X,…",
-    help="Added to the logits of these token ids, -100 (never) to 100 (always).",
-)
-@click.option("--seed", type=_COUNT, metavar="N", help="The same seed draws the same. [default: random]")
-@click.option(
-    "--num-outputs",
-    type=click.IntRange(1, _MOST_OUTPUTS),
-    metavar="N",
-    help=f"So many continuations, 1 to {_MOST_OUTPUTS}, each line with its number before it.",
-)
-@click.option("--stop", multiple=True, metavar="TEXT", help="End where this text appears. May be given several times.")
-@click.option("--ignore-eos", is_flag=True, default=None, help="Go on after the model's own end token, up to --max-tokens.")
-@click.option("--priority", type=click.Choice([*PRIORITIES]), help="Who goes first when requests wait. [default: normal]")
-@click.option("--tenant", metavar="NAME", help="Whose share of the server this counts against.")
-@click.option(
-    "--max-time-ms", type=_COUNT, metavar="MS", help="Refuse what can't begin within this time, end what takes longer."
-)
-@click.option(
-    "--on-timeout",
-    type=click.Choice([*ON_TIMEOUT]),
-    help="What a request is whose time is over: partial, an answer cut short; fail, an error. [default: fail]",
-)
-@click.option("--cache-salt", metavar="TEXT", help="Share cached prompts only with requests of the same salt.")
+@request_options
 @click.option("--timeout", type=click.FloatRange(0, min_open=True), metavar="SECONDS", help="Give up after this time.")
 @click.option("--echo", is_flag=True, default=None, help="Print the prompt too.")
 @click.option(
@@ -324,7 +283,8 @@ def generate(
 ) -> int:
     """Continue a prompt; the text streams to stdout as it is generated. Ctrl-C cancels the request.
 
-    The prompt comes from --prompt, --file, --token-ids, or from standard input when `-` is given.
+    The prompt comes from --prompt, --file, --token-ids, or from standard input when `-` is given. With --num-outputs each line
+    carries its output's number.
 
     \b
     Examples:
@@ -347,7 +307,8 @@ def generate(
             for event in stream:
                 output.event(event)
         except BrokenPipeError:
-            return _closed_pipe(client, stream)
+            stream.close()  # whoever read our output has enough: go without a word, as other tools do
+            return closed_pipe()
         finally:
             output.end()
     if stats:
@@ -433,7 +394,8 @@ class _LabelledOutput(_Output):
 
 
 class _CtrlC:
-    """While it is entered, Ctrl-C runs `leave` in a thread of its own, then ends the process; once more ends it at once.
+    """While it is entered, Ctrl-C runs `leave` in a thread of its own, then ends the process; once more ends it at once. So do
+    SIGTERM and a closed terminal: the server would go on with the request, in case that it is resumed.
 
     Not by KeyboardInterrupt: in the middle of grpc's own work that exception leaves a channel that never closes, and it would
     have to wait for whoever reads our output.
@@ -441,33 +403,37 @@ class _CtrlC:
 
     def __init__(self, leave: Callable[[], None]) -> None:
         self._leave = leave
-        self._presses: queue.SimpleQueue[bool] = queue.SimpleQueue()  # True: pressed; False: not needed any more
+        self._presses: queue.SimpleQueue[int] = queue.SimpleQueue()  # the signal; 0: not needed any more
         self._pressed = False
+        self._before: dict[signal.Signals, Any] = {}
         self._thread = threading.Thread(target=self._wait, daemon=True)
 
     def __enter__(self) -> None:
         self._thread.start()
-        self._before = signal.getsignal(signal.SIGINT)
-        if self._before is not signal.SIG_IGN:  # whoever started us wants none of it
-            signal.signal(signal.SIGINT, self._press)
+        for number in _ENDINGS:
+            before = signal.getsignal(number)
+            if before is not signal.SIG_IGN:  # whoever started us wants none of it
+                self._before[number] = before
+                signal.signal(number, self._press)
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self._presses.put(False)
+        self._presses.put(0)
         self._thread.join()  # for ever, if it was pressed: the thread ends the process
-        signal.signal(signal.SIGINT, self._before)
+        for number, before in self._before.items():
+            signal.signal(number, before)
 
     def _press(self, number: int, frame: object) -> None:
         if self._pressed:
-            os._exit(_INTERRUPTED)
+            os._exit(_SIGNALLED + number)
         self._pressed = True
-        self._presses.put(True)  # the only thing that may be done in the middle of anything
+        self._presses.put(number)  # the only thing that may be done in the middle of anything
 
     def _wait(self) -> None:
-        if self._presses.get():
+        if number := self._presses.get():
             try:
                 self._leave()
             finally:
-                os._exit(_INTERRUPTED)
+                os._exit(_SIGNALLED + number)
 
 
 def _interrupted(client: CarouselClient, request_id: str, output: _Output) -> None:
@@ -479,15 +445,7 @@ def _interrupted(client: CarouselClient, request_id: str, output: _Output) -> No
         said = "interrupted: the server has not confirmed the cancel"
     if output.in_line and sys.stderr.isatty():
         print(file=sys.stderr)
-    _say(said)
-
-
-def _closed_pipe(client: CarouselClient, stream: GenerateStream) -> int:
-    """Whoever read our output has enough: cancel, and go without a word, as other tools do."""
-    with contextlib.suppress(CarouselError):
-        client.cancel(stream.request_id, timeout_s=_CANCEL_S)
-    stream.close()
-    return closed_pipe()
+    say(said)
 
 
 def _say_stats(stream: GenerateStream, elapsed_s: float) -> None:
@@ -498,45 +456,18 @@ def _say_stats(stream: GenerateStream, elapsed_s: float) -> None:
     reasons = [generation_pb2.FinishReason.Name(stream.finished[index].reason) for index in sorted(stream.finished)]
     reason = ", ".join(name.removeprefix("FINISH_REASON_").lower() for name in reasons)
     rate = usage.output_tokens / elapsed_s
-    _say(
+    say(
         f"{usage.output_tokens} tokens in {elapsed_s:.2f} s ({rate:.1f} tokens/s), ended by {reason};"
         f" first token after {timing.time_to_first_token_ns / 1e6:.0f} ms ({timing.queued_ns / 1e6:.0f} ms of it in the queue);"
         f" prompt {usage.prompt_tokens} tokens ({usage.cached_tokens} cached); seed {timing.seed}; request {summary.request_id}"
     )
 
 
-for _command in (*control_commands.COMMANDS, token_command.token):
+for _command in (batch_command.batch, *control_commands.COMMANDS, token_command.token):
     carousel.add_command(_command)
 
 
 # ---------------------------------------------------------------------------------------------------------------- errors
-
-
-def _say(text: str) -> None:
-    print(f"carousel: {' '.join(text.split())}", file=sys.stderr, flush=True)
-
-
-def _advice(error: CarouselError) -> str:
-    """A failed call in one line that says what to do."""
-    if isinstance(error, ServerUnreachableError):
-        where, _, why = error.message.partition(": ")
-        if any(sign in why for sign in _TLS_SIGNS):
-            return (
-                f"{where} in the way it was asked: with or without TLS, and with which certificates? See --tls-ca, --tls-cert"
-            )
-        why = why.rpartition(": ")[2].rstrip("]")  # grpc's chain of causes ends with the one that a person knows
-        return f"{where} ({why}): start one with `carousel serve --model DIR`, or name another with --target HOST:PORT"
-    text = error.message or "the server gave no reason"
-    for field, description in error.fields.items():
-        if field not in text:
-            text = f"{field}: {text}" if description in text else f"{text}; {field}: {description}"
-    if error.retry_after_s is not None:
-        text += f"; try again in {error.retry_after_s:.3g} s"
-    if error.code is grpc.StatusCode.UNAUTHENTICATED:
-        text += "; give a token with --token or in CAROUSEL_TOKEN"
-    if error.code is grpc.StatusCode.INTERNAL:
-        text += "; the server's log says more"
-    return f"{text} ({error.code.name})"
 
 
 def main(args: Sequence[str] | None = None) -> int:
@@ -549,13 +480,13 @@ def main(args: Sequence[str] | None = None) -> int:
         return error.exit_code
     except click.UsageError as error:
         command = error.ctx.command_path if error.ctx is not None else "carousel"
-        _say(f"{error.format_message().rstrip('.')}; see `{command} --help`")
+        say(f"{error.format_message().rstrip('.')}; see `{command} --help`")
         return error.exit_code
     except click.ClickException as error:
-        _say(error.format_message())
+        say(error.format_message())
     except CarouselError as error:
-        _say(_advice(error))
+        say(advice(error))
     except click.Abort:
-        _say("interrupted")
+        say("interrupted")
         return _INTERRUPTED
     return 1

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import ssl
 from collections.abc import Callable
+from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
-from typing import Any, NamedTuple, TypeAlias
+from typing import TypeAlias
 
 import grpc
+import grpc.aio
 
 MESSAGE_LIMIT = 64 << 20  # bytes of one message, either way; the server's too
 _LOOPBACK = ("127.", "localhost", "[::1]", "unix:")
@@ -16,11 +18,31 @@ _LOOPBACK = ("127.", "localhost", "[::1]", "unix:")
 File: TypeAlias = str | PathLike[str]
 
 
-def open_channel(
-    target: str, tls_ca: File | None, tls_cert: File | None, tls_key: File | None, token: str | None
-) -> grpc.Channel:
+@dataclass(frozen=True)
+class Way:
+    """How to reach a server; of either kind of channel. credentials None: in the clear."""
+
+    target: str
+    credentials: grpc.ChannelCredentials | None
+    metadata: tuple[tuple[str, str], ...]  # of every call
+    options: tuple[tuple[str, int], ...]
+
+    def channel(self) -> grpc.Channel:
+        """Connects with its first call."""
+        if self.credentials is None:
+            return grpc.insecure_channel(self.target, self.options)
+        return grpc.secure_channel(self.target, self.credentials, self.options)
+
+    def aio_channel(self) -> grpc.aio.Channel:
+        """The same for asyncio."""
+        if self.credentials is None:
+            return grpc.aio.insecure_channel(self.target, self.options)
+        return grpc.aio.secure_channel(self.target, self.credentials, self.options)
+
+
+def way_to(target: str, tls_ca: File | None, tls_cert: File | None, tls_key: File | None, token: str | None) -> Way:
     """In the clear unless a file is given. Raises OSError for a file that can't be read, ValueError for what can't be used."""
-    options: list[tuple[str, int]] = [
+    options = [
         ("grpc.max_send_message_length", MESSAGE_LIMIT),
         ("grpc.max_receive_message_length", MESSAGE_LIMIT),
         ("grpc.initial_reconnect_backoff_ms", 100),  # a server that is just starting is found at once
@@ -28,15 +50,25 @@ def open_channel(
         # The transport takes 64 KiB of a stream that nobody reads, instead of up to some MB by probing: so the server
         # hears soon that a reader has stopped, and computes for others.
         ("grpc.http2.bdp_probe", 0),
+        # A server whose machine is gone is noticed within half a minute while calls run, the silent ones too: a stream in the
+        # queue gets nothing for long. The server allows a ping every 10 s.
+        ("grpc.keepalive_time_ms", 20_000),
+        ("grpc.keepalive_timeout_ms", 10_000),
+        ("grpc.http2.max_pings_without_data", 0),
     ]
     if target.startswith(_LOOPBACK):
         options.append(("grpc.enable_http_proxy", 0))  # http_proxy is not meant for this machine
-    with_token = [] if token is None else [_WithToken(token)]
-    if tls_ca or tls_cert or tls_key:
-        channel = grpc.secure_channel(target, _credentials(tls_ca, tls_cert, tls_key), options)
-    else:
-        channel = grpc.insecure_channel(target, options)
-    return grpc.intercept_channel(channel, *with_token)
+    credentials = _credentials(tls_ca, tls_cert, tls_key) if tls_ca or tls_cert or tls_key else None
+    return Way(target, credentials, _metadata(token), tuple(options))
+
+
+def _metadata(token: str | None) -> tuple[tuple[str, str], ...]:
+    """Not grpc's own credentials of a call: those refuse a connection in the clear, loopback too."""
+    if token is None:
+        return ()
+    if not token or not token.isascii() or not token.isprintable() or " " in token:
+        raise ValueError("a token is printable ASCII characters, without spaces")
+    return (("authorization", f"Bearer {token}"),)
 
 
 def _credentials(tls_ca: File | None, tls_cert: File | None, tls_key: File | None) -> grpc.ChannelCredentials:
@@ -58,36 +90,3 @@ def _check(load: Callable[[], None], what: str) -> None:
         load()
     except ssl.SSLError:
         raise ValueError(what) from None
-
-
-class _CallDetails(NamedTuple):
-    """grpc.ClientCallDetails, with metadata added."""
-
-    method: str
-    timeout: float | None
-    metadata: Any
-    credentials: Any
-    wait_for_ready: bool | None
-    compression: Any
-
-
-class _WithToken(
-    grpc.UnaryUnaryClientInterceptor,
-    grpc.UnaryStreamClientInterceptor,
-    grpc.StreamStreamClientInterceptor,
-):
-    """Not grpc's own credentials of a call: those refuse a connection in the clear, loopback too."""
-
-    def __init__(self, token: str) -> None:
-        if not token or not token.isascii() or not token.isprintable() or " " in token:
-            raise ValueError("a token is printable ASCII characters, without spaces")
-        self._metadata = ("authorization", f"Bearer {token}")
-
-    def _call(self, continuation: Any, details: Any, request: Any) -> Any:
-        metadata = (*(details.metadata or ()), self._metadata)
-        ready, compression = details.wait_for_ready, details.compression
-        return continuation(
-            _CallDetails(details.method, details.timeout, metadata, details.credentials, ready, compression), request
-        )
-
-    intercept_unary_unary = intercept_unary_stream = intercept_stream_stream = _call  # type: ignore[assignment]

@@ -1,8 +1,10 @@
-"""The commands that ask a running server about its scheduling, and change it: policy, requests, explain, blocks."""
+"""The commands that ask a running server about its work, and change it: policy, load, requests, explain, blocks, drain."""
 
 from __future__ import annotations
 
 import functools
+import os
+import signal
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -17,7 +19,11 @@ from client.printing import closed_pipe, to_json, write_line, write_table
 _SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
 _MS, _SECOND = 1_000_000, 1_000_000_000
 _BY_ITSELF = (generation_pb2.FINISH_REASON_LENGTH, generation_pb2.FINISH_REASON_STOP)
+_INTERRUPTED = 130  # 128 + SIGINT
 _PAGE = 1000  # requests; the most that the server gives at once
+_INTERVALS_S = click.FloatRange(0.1, 60)  # as the server takes them
+_MOST_S = (2**32 - 1) // 1000  # what the request can hold
+_LOAD = "{:>7} {:>7} {:>9} {:>9} {:>9} {:>6} {:>9} {:>8} {:>10}"  # a line of `load --watch`
 
 
 def _asking(command: Callable[..., None]) -> Callable[..., int]:
@@ -51,9 +57,102 @@ def policy(name: str | None, client: CarouselClient, as_json: bool) -> None:
     """Say which scheduling policy is in force; with NAME, change it.
 
     NAME is continuous, prefill_first or static. It counts from the next step on; running requests go on.
+
+    \b
+    Examples:
+      carousel policy
+      carousel policy static --target 127.0.0.1:50051
     """
     answer = control_pb2.SetPolicyResponse(policy=client.set_policy(name) if name else client.server_info().policy)
     write_line(to_json(answer) if as_json else answer.policy)
+
+
+# ------------------------------------------------------------------------------------------------------------------ load
+
+
+@click.command(context_settings=_SETTINGS)
+@click.option("--watch", is_flag=True, help="A line time and again, until Ctrl-C or the server's end.")
+@click.option("--interval", type=_INTERVALS_S, metavar="S", help="Seconds between two lines, 0.1 to 60. [default: 1]")
+@_asking
+def load(watch: bool, interval: float | None, client: CarouselClient, as_json: bool) -> None:
+    """Say how many requests run and wait, who fills the KV cache, and what was done since the start.
+
+    \b
+    Examples:
+      carousel load
+      carousel load --watch --interval 0.5 --json
+    """
+    if interval is not None and not watch:
+        raise click.UsageError("--interval is the time between the lines of --watch: give both")
+    if watch:
+        _watch_load(client, interval, as_json)
+        return
+    told = client.load()
+    if as_json:
+        write_line(to_json(told))
+    else:
+        write_table(("WHAT", "VALUE"), _load_rows(told))
+
+
+def _watch_load(client: CarouselClient, interval_s: float | None, as_json: bool) -> None:
+    if not as_json:
+        write_line(_LOAD.format("RUNNING", "WAITING", "HELD", "CACHED", "FREE", "WASTE", "STEPS", "TOKENS", "PREEMPTED"))
+    # Not by KeyboardInterrupt: in the middle of grpc's own work it leaves a channel that never closes.
+    before = signal.signal(signal.SIGINT, lambda *_: os._exit(_INTERRUPTED))
+    try:
+        with client.watch_load(interval_s) as loads:
+            for told in loads:
+                write_line(to_json(told.load) if as_json else _load_line(told.load))
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _load_line(told: control_pb2.GetLoadResponse) -> str:
+    blocks = (told.held_blocks, told.cached_blocks, told.free_blocks)
+    done = (told.steps, told.output_tokens, told.preemptions)
+    return _LOAD.format(told.running_requests, told.waiting_requests, *blocks, f"{told.kv_waste:.1%}", *done)
+
+
+def _load_rows(told: control_pb2.GetLoadResponse) -> Iterator[tuple[str, str]]:
+    yield "requests", f"{told.running_requests} running, {told.waiting_requests} waiting with {told.waiting_tokens} tokens"
+    blocks = (f"{told.held_blocks} held", f"{told.retiring_blocks} retiring", f"{told.cached_blocks} cached")
+    yield "blocks", f"{', '.join(blocks)}, {told.free_blocks} free, of {told.total_blocks}"
+    yield "tokens in held blocks", f"{told.kv_tokens}, {told.kv_waste:.1%} of their room is unused"
+    yield "blocks of host memory", f"{told.held_host_blocks} held, {told.swapped_blocks} swapped out so far"
+    yield "since the start", f"{told.steps} steps, {told.output_tokens} output tokens"
+    prompts = f"{told.prompt_tokens}, {told.cached_tokens} of them cached"
+    yield "prompt tokens", f"{prompts}; {told.recomputed_tokens} tokens computed again after {told.preemptions} preemptions"
+    ends = (f"{told.finished_requests} finished", f"{told.cancelled_requests} cancelled", f"{told.refused_requests} refused")
+    yield "requests so far", f"{told.accepted_requests} accepted, {', '.join(ends)}"
+
+
+# ----------------------------------------------------------------------------------------------------------------- drain
+
+
+@click.command(context_settings=_SETTINGS)
+@click.option(
+    "--timeout",
+    type=click.FloatRange(0, _MOST_S),
+    metavar="S",
+    help="Seconds that the requests alive get, at most; 0: none. [default: the server's --drain-timeout,"
+    " which can't be lengthened]",
+)
+@_asking
+def drain(timeout: float | None, client: CarouselClient, as_json: bool) -> None:
+    """End the server: it takes no new requests, those alive run to their end, then it exits with code 0, as after SIGTERM.
+
+    Returns at once. Called again, it can give those alive less time, not more.
+
+    \b
+    Example:
+      carousel drain --timeout 10
+    """
+    told = client.drain(timeout)
+    if as_json:
+        write_line(to_json(told))
+        return
+    count = {0: "no request is", 1: "1 request is"}.get(told.live_requests, f"{told.live_requests} requests are")
+    write_line(f"draining: {count} alive; ends within {_time(told.left_ms * _MS)}")
 
 
 # -------------------------------------------------------------------------------------------------------------- requests
@@ -63,7 +162,13 @@ def policy(name: str | None, client: CarouselClient, as_json: bool) -> None:
 @click.option("--limit", type=click.IntRange(1), default=100, show_default=True, metavar="N", help="Most requests to show.")
 @_asking
 def requests(limit: int, client: CarouselClient, as_json: bool) -> None:
-    """List the requests that are alive, oldest first."""
+    """List the requests that are alive, oldest first.
+
+    \b
+    Examples:
+      carousel requests --limit 20
+      carousel requests --json | jq -r .request_id
+    """
     rows, total = [], 0
     for page in _pages(client, limit):
         total = page.total_requests
@@ -112,7 +217,12 @@ def _request_row(request: control_pb2.RequestSummary, now_ns: int) -> Sequence[o
 @click.option("--tenant", callback=_utf8, metavar="NAME", help="Whose request it is. [default: the token's tenant]")
 @_asking
 def explain(request_id: str, tenant: str | None, client: CarouselClient, as_json: bool) -> None:
-    """Say why a request waits, or where its time went. The server remembers those that ended not long ago."""
+    """Say why a request waits, or where its time went. The server remembers those that ended not long ago.
+
+    \b
+    Example:
+      carousel explain 3f6c1f0e-7a52-4f4e-9d3c-8f1c0a1b2c3d
+    """
     told = client.explain(request_id, tenant)
     if as_json:
         write_line(to_json(told))
@@ -185,7 +295,13 @@ def _preemption_rows(told: control_pb2.ExplainRequestResponse) -> Iterator[Seque
 @click.command(context_settings=_SETTINGS)
 @_asking
 def blocks(client: CarouselClient, as_json: bool) -> None:
-    """Show who holds which blocks of the KV cache, and how many are shared."""
+    """Show who holds which blocks of the KV cache, and how many are shared.
+
+    \b
+    Examples:
+      carousel blocks
+      carousel blocks --json | jq .num_blocks
+    """
     told = client.block_tables()
     if as_json:
         write_line(to_json(told))
@@ -245,4 +361,4 @@ def _time(ns: int) -> str:
     return f"{ns / _SECOND:.2f} s" if ns < 10 * _SECOND else f"{ns / _SECOND:.1f} s"
 
 
-COMMANDS: tuple[Any, ...] = (policy, requests, explain, blocks)
+COMMANDS: tuple[Any, ...] = (policy, load, requests, explain, blocks, drain)

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import grpc
 from google.protobuf.message import DecodeError
 from google.rpc import error_details_pb2  # type: ignore[import-untyped]
 from grpc_status import rpc_status  # type: ignore[import-untyped]
+
+from carousel.v1 import generation_pb2
+
+_CODES = {code.value[0]: code for code in grpc.StatusCode}
 
 
 class CarouselError(Exception):
@@ -42,6 +47,18 @@ class ServerUnreachableError(CarouselError):
     """Nobody answers at the target."""
 
 
+def explained(error: CarouselError, more: str) -> CarouselError:
+    """The same error with more to its message."""
+    return type(error)(
+        error.code,
+        f"{error.message}; {more}",
+        fields=error.fields,
+        retry_after_s=error.retry_after_s,
+        reason=error.reason,
+        metadata=error.metadata,
+    )
+
+
 @dataclass
 class _Details:
     """The google.rpc details of a status; `any` is false when the status carries none."""
@@ -72,13 +89,30 @@ def error_of(error: grpc.RpcError, target: str, answered: bool) -> CarouselError
     )
 
 
+def error_of_failed(failed: generation_pb2.Failed) -> CarouselError:
+    """The exception for one request of a GenerateMany."""
+    details = _read(failed.details)
+    return CarouselError(
+        _CODES.get(failed.code, grpc.StatusCode.UNKNOWN),
+        failed.message,
+        fields=details.fields,
+        retry_after_s=details.retry_after_s,
+        reason=details.reason,
+        metadata=details.metadata,
+    )
+
+
 def _details_of(call: grpc.Call) -> _Details:
-    details = _Details({}, {})
     try:
         status = rpc_status.from_call(call)
     except (ValueError, DecodeError):  # something on the way made them up
-        return details
-    for packed in status.details if status is not None else ():
+        return _Details({}, {})
+    return _read(status.details if status is not None else ())
+
+
+def _read(packed_details: Iterable[Any]) -> _Details:
+    details = _Details({}, {})
+    for packed in packed_details:
         details.any = True
         bad_request, retry_info, info = (
             error_details_pb2.BadRequest(),

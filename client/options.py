@@ -28,12 +28,26 @@ def on_a_server(command: Callable[..., ResultT]) -> Callable[..., ResultT]:
         help="Says who calls, where the server wants to know. Better in the environment: options can be seen in the list of"
         " processes.",
     )
+    @click.option(
+        "--retries",
+        type=click.IntRange(0),
+        default=0,
+        show_default=True,
+        metavar="N",
+        help="Try so often again, with growing pauses, where the server can't be reached or is too busy.",
+    )
     @functools.wraps(command)
     def run(
-        target: str, tls_ca: str | None, tls_cert: str | None, tls_key: str | None, token: str | None, **parameters: Any
+        target: str,
+        tls_ca: str | None,
+        tls_cert: str | None,
+        tls_key: str | None,
+        token: str | None,
+        retries: int,
+        **parameters: Any,
     ) -> ResultT:
         try:
-            client = CarouselClient(target, tls_ca=tls_ca, tls_cert=tls_cert, tls_key=tls_key, token=token)
+            client = CarouselClient(target, tls_ca=tls_ca, tls_cert=tls_cert, tls_key=tls_key, token=token, retries=retries)
         except OSError as error:
             raise click.ClickException(f"{error.filename}: {error.strerror}") from None
         except ValueError as error:

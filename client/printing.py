@@ -7,11 +7,17 @@ import sys
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+import grpc
 from google.protobuf import json_format
 from google.protobuf.message import Message
 
+from client.errors import CarouselError, ServerUnreachableError
+
 CLOSED_PIPE = 141  # exit code: 128 + SIGPIPE
 _WIDE = 240  # columns of a table in a file or pipe
+# In grpc's words when somebody is there and the two can't agree; "Socket closed" is all that a side hears which lacks TLS, or a
+# certificate.
+_TLS_SIGNS = ("Socket closed", "Tls handshake", "verification check")
 # The API's own JSON mapping, with the names of the .proto files, zeros written out, on one line.
 _JSON: dict[str, Any] = {
     "preserving_proto_field_name": True,
@@ -37,6 +43,34 @@ def closed_pipe() -> int:
     """Whoever read our output has enough: the exit code for going without a word, as other tools do."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
     return CLOSED_PIPE
+
+
+def say(text: str) -> None:
+    """One line on stderr."""
+    print(f"carousel: {' '.join(text.split())}", file=sys.stderr, flush=True)
+
+
+def advice(error: CarouselError) -> str:
+    """A failed call in one line that says what to do."""
+    if isinstance(error, ServerUnreachableError):
+        where, _, why = error.message.partition(": ")
+        if any(sign in why for sign in _TLS_SIGNS):
+            return (
+                f"{where} in the way it was asked: with or without TLS, and with which certificates? See --tls-ca, --tls-cert"
+            )
+        why = why.rpartition(": ")[2].rstrip("]")  # grpc's chain of causes ends with the one that a person knows
+        return f"{where} ({why}): start one with `carousel serve --model DIR`, or name another with --target HOST:PORT"
+    text = error.message or "the server gave no reason"
+    for field, description in error.fields.items():
+        if field not in text:
+            text = f"{field}: {text}" if description in text else f"{text}; {field}: {description}"
+    if error.retry_after_s is not None:
+        text += f"; try again in {error.retry_after_s:.3g} s"
+    if error.code is grpc.StatusCode.UNAUTHENTICATED:
+        text += "; give a token with --token or in CAROUSEL_TOKEN"
+    if error.code is grpc.StatusCode.INTERNAL:
+        text += "; the server's log says more"
+    return f"{text} ({error.code.name})"
 
 
 def write_line(text: str) -> None:

@@ -1,7 +1,8 @@
-"""A GenerateRequest from keyword arguments. Knows the public protos only."""
+"""Requests whose answer is a stream, from keyword arguments. Knows the public protos only."""
 
 from __future__ import annotations
 
+import uuid
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, TypedDict, Unpack
 
@@ -45,6 +46,8 @@ class Parameters(TypedDict, total=False):
     max_time_ms: int | None
     on_timeout: Literal["partial", "fail"] | None
     cache_salt: str | None
+    resume_window_ms: int | None
+    whole_by_deadline: bool | None
 
 
 def make_request(prompt: str | Sequence[int], **parameters: Unpack[Parameters]) -> pb.GenerateRequest:
@@ -72,6 +75,27 @@ def make_request(prompt: str | Sequence[int], **parameters: Unpack[Parameters]) 
     else:
         request.token_ids.ids.extend(prompt)
         request.token_ids.SetInParent()  # an empty prompt is sent as one, for the server to refuse
+    return request
+
+
+def prepared(request: pb.GenerateRequest, resume_window_ms: int) -> pb.GenerateRequest:
+    """A copy to be sent: with an id, so that it can be cancelled and resumed by it, and with the window where it says none and
+    may have one: log-probabilities are not kept for it."""
+    sent = pb.GenerateRequest()
+    sent.CopyFrom(request)
+    if not sent.request_id:
+        sent.request_id = str(uuid.uuid4())
+    asks_logprobs = sent.output.HasField("logprobs") or sent.output.HasField("prompt_logprobs")
+    if resume_window_ms and not sent.scheduling.HasField("resume_window_ms") and not asks_logprobs:
+        sent.scheduling.resume_window_ms = resume_window_ms
+    return sent
+
+
+def make_resume(request_id: str, offsets: Mapping[int, tuple[int, int]] | None) -> pb.ResumeRequest:
+    """offsets: by output_index, what the caller has: (tokens, UTF-8 bytes of text)."""
+    request = pb.ResumeRequest(request_id=request_id)
+    for index, (tokens, text_bytes) in (offsets or {}).items():
+        request.outputs.add(output_index=index, token_offset=tokens, text_offset=text_bytes)
     return request
 
 

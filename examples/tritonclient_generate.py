@@ -25,22 +25,28 @@ def main() -> None:
     parser.add_argument("--target", default="127.0.0.1:50051", help="host and port of the server (default: %(default)s)")
     parser.add_argument("--max-tokens", type=int, default=64, help="default: %(default)s")
     parser.add_argument("--temperature", type=float, help="default: the model's own")
+    parser.add_argument("--timeout", type=float, default=60, help="seconds for all of it (default: %(default)s)")
     options = parser.parse_args()
     sampling = {"max_tokens": options.max_tokens, "temperature": options.temperature}  # None: the default
     try:
         with triton.InferenceServerClient(options.target) as client:
             [model] = client.get_model_repository_index().models
-            for text in generate(client, model.name, options.prompt, sampling):
+            for text in generate(client, model.name, options.prompt, sampling, options.timeout):
                 print(text, end="", flush=True)
         print()
+    except KeyboardInterrupt:
+        print("\ncancelled", file=sys.stderr)
+        sys.exit(130)
     except triton.InferenceServerException as error:
         sys.exit(f"{options.target}: {error}")
 
 
-def generate(client: triton.InferenceServerClient, model: str, prompt: str, sampling: dict[str, Any]) -> Iterator[str]:
-    """The pieces of text as they come. Raises InferenceServerException."""
+def generate(
+    client: triton.InferenceServerClient, model: str, prompt: str, sampling: dict[str, Any], timeout_s: float
+) -> Iterator[str]:
+    """The pieces of text as they come; left early, it cancels the request. Raises InferenceServerException."""
     answers: queue.Queue[tuple[triton.InferResult | None, triton.InferenceServerException | None]] = queue.Queue()
-    client.start_stream(callback=lambda result, error: answers.put((result, error)))
+    client.start_stream(callback=lambda result, error: answers.put((result, error)), stream_timeout=timeout_s)
     inputs = [tensor("text_input", prompt), tensor("sampling_parameters", json.dumps(sampling)), tensor("stream", True)]
     client.async_stream_infer(model, inputs)
     try:

@@ -28,6 +28,7 @@ from scheduler.links import Peer, PeerSocket
 from scheduler.logprobs import by_frontend
 from scheduler.process import log_to_stderr, obey_the_supervisor
 from scheduler.recorder import CoreFailureError, Recorded, RecordingFile, Ring
+from scheduler.resumption import Key, Resumption
 from wire import (
     AbortRequest,
     AddRequest,
@@ -35,6 +36,8 @@ from wire import (
     CancelQuery,
     CancelReply,
     Credit,
+    DrainQuery,
+    DrainReply,
     EndReason,
     ExplainQuery,
     ExplainReply,
@@ -46,6 +49,7 @@ from wire import (
     Message,
     OutputEnded,
     Refused,
+    ResumeQuery,
     SetPolicyQuery,
     SetPolicyReply,
     StepFailed,
@@ -59,6 +63,7 @@ from wire import (
     WorkerFacts,
     WorkerHello,
 )
+from wire.messages import I32
 
 log = logging.getLogger(__name__)
 
@@ -86,6 +91,7 @@ class Engine:
         self._workers = PeerSocket(self._context, config.worker_endpoint)
         self._watching: dict[int, Peer] = {}
         self._by_number: dict[int, Peer] = {}
+        self._resumption = Resumption(config.core.max_unread_tokens)
         self._ready_told = False
         self._checked_idle = True
         self._check_after_ns = 0
@@ -114,13 +120,14 @@ class Engine:
             ready = dict(poller.poll(self._timeout_ms()))
             if self._wakeup.fileno() in ready:
                 self._wakeup.recv(64)
-                self._drain()
+                self._drain(self.config.drain_timeout_s)
             outputs = self._hear_frontends() + self._hear_workers()
             if self._frontends.monitor in ready or self._workers.monitor in ready:
                 self._reprobes = _REPROBES
             outputs += self._notice_losses()
             outputs += self._send_plans()
             self._deliver(outputs)
+            self._deliver(self._look_after_detached())
             self._deliver(self._check_when_idle())
         try:
             self._deliver(self._inputs.drop_all("the server is shutting down", time.monotonic_ns()))
@@ -151,6 +158,9 @@ class Engine:
         outputs: list[Output] = []
         for peer, message in self._frontends.receive():
             self._by_number.setdefault(peer.number, peer)
+            if isinstance(message, ResumeQuery):
+                self._deliver(outputs)  # of these tokens it gets all that the core knows
+                outputs = []
             if message is not None:
                 try:
                     outputs += self._from_frontend(peer, message)
@@ -164,21 +174,27 @@ class Engine:
         inputs, now = self._inputs, time.monotonic_ns()
         match message:
             case AddRequest():
-                refused = inputs.add(message, peer.number, now)
-                if refused is not None:
-                    self._frontends.send(peer, refused)
+                self._add(peer, message, now)
             case Credit(handles=handles, num_tokens=num_tokens):
-                inputs.credit(peer.number, handles, num_tokens, now)
+                for frontend, (mine, counts) in self._resumption.core_credits(peer.number, handles, num_tokens).items():
+                    inputs.credit(frontend, mine, counts, now)
             case AbortRequest(handle=handle):
-                return inputs.abort(peer.number, handle, now)
+                key = self._resumption.core_key(peer.number, handle)
+                if key is not None and not self._resumption.detach(key, now):
+                    return inputs.abort(*key, now)
             case TruncateRequest(handle=handle, num_output_tokens=count):
-                return inputs.truncate(peer.number, handle, count, now)
+                key = self._resumption.core_key(peer.number, handle)
+                return inputs.truncate(*key, count, now) if key is not None else []
+            case ResumeQuery():
+                self._resume(peer, message, now)
             case CancelQuery(query_id=query_id, request_id=request_id):
                 outcome, outputs = inputs.cancel(request_id, now)
                 self._frontends.send(peer, CancelReply(query_id, outcome))
                 return outputs
             case SetPolicyQuery(query_id=query_id, policy=policy):
                 self._set_policy(peer, query_id, policy)
+            case DrainQuery(query_id=query_id, timeout_ms=timeout_ms):
+                self._drain_asked(peer, query_id, timeout_ms)
             case WatchSteps(on=on):
                 if on:
                     self._watching[peer.number] = peer
@@ -190,6 +206,25 @@ class Engine:
             case _:
                 self._answer(peer, message)
         return []
+
+    def _add(self, peer: Peer, add: AddRequest, now: int) -> None:
+        """The core does not need what only front ends read."""
+        header = msgspec.structs.replace(add.header, resume_state=b"") if add.header.resume_state else add.header
+        refused = self._inputs.add(AddRequest(header, add.prompt, add.prefix_hashes), peer.number, now)
+        if refused is not None:
+            self._frontends.send(peer, refused)
+        else:
+            self._resumption.added(add, peer.number)
+
+    def _resume(self, peer: Peer, query: ResumeQuery, now: int) -> None:
+        def live_tokens(key: Key) -> I32:
+            return self.core.output_tokens(self.core.sequence(*key))
+
+        reply, displaced = self._resumption.resume(query, peer.number, live_tokens, now)
+        self._frontends.send(peer, reply)
+        if displaced is not None and (other := self._by_number.get(displaced[0])) is not None:
+            self._frontends.send(other, displaced[1])
+        self._credit_unread()  # before anything more comes: the reader has that to take
 
     def _answer(self, peer: Peer, message: Message) -> None:
         """Questions about the core, which change nothing in it. Our own fault in an answer leaves the question open."""
@@ -224,9 +259,35 @@ class Engine:
 
     def _deliver(self, outputs: list[Output]) -> None:
         for output in outputs:
-            peer = self._by_number.get(output.frontend)
-            if peer is not None:
-                self._frontends.send(peer, output.batch)
+            if not self._resumption.concerns(output):
+                self._send_batch(output)
+                continue
+            for part in self._resumption.route(output, time.monotonic_ns()):
+                self._send_batch(part)
+
+    def _send_batch(self, output: Output) -> None:
+        peer = self._by_number.get(output.frontend)
+        if peer is not None:
+            self._frontends.send(peer, output.batch)
+
+    def _look_after_detached(self) -> list[Output]:
+        """What came for nobody is taken, and whoever nobody has resumed in time ends."""
+        outputs: list[Output] = []
+        try:
+            news = self._credit_unread()
+            for key in self._resumption.expired(time.monotonic_ns()):
+                outputs += self._inputs.abort(*key, time.monotonic_ns())
+                news = True
+        except CoreFailureError as failure:
+            return outputs + self._begin_anew(failure)
+        return outputs + self._send_plans() if news else outputs
+
+    def _credit_unread(self) -> bool:
+        """For readers that were not there, or not until now. Whether there was anything to say."""
+        credits = self._resumption.take_credits()
+        for frontend, (handles, num_tokens) in credits.items():
+            self._inputs.credit(frontend, handles, num_tokens, time.monotonic_ns())
+        return bool(credits)
 
     def _facts(self) -> Facts:
         core = self.core
@@ -382,7 +443,7 @@ class Engine:
             self._watching.pop(peer.number, None)
             log.warning("front end %d is gone", peer.number)
             try:
-                self._inputs.frontend_lost(peer.number, time.monotonic_ns())
+                outputs += self._lose_frontend(peer.number)
             except CoreFailureError as failure:
                 outputs += self._begin_anew(failure)
         for peer in self._workers.lost():
@@ -396,12 +457,36 @@ class Engine:
                     outputs += self._begin_anew(failure)
         return outputs
 
-    def _drain(self) -> None:
-        if self._stop_at_ns is None:
-            log.info("draining: no new requests, %d to finish", self.core.num_requests)
-            self._stop_at_ns = time.monotonic_ns() + int(self.config.drain_timeout_s * 1e9)
-            self._inputs.drain()
-            self._tell_facts()
+    def _lose_frontend(self, number: int) -> list[Output]:
+        """Its requests end, but for those that may be resumed."""
+        now, outputs = time.monotonic_ns(), list[Output]()
+        going_on = self._resumption.frontend_lost(number, now)
+        if not going_on:
+            self._inputs.frontend_lost(number, now)
+            return []
+        for request in list(self.core.live_requests()):
+            if request.frontend == number and request.header.handle not in going_on:
+                outputs += self._inputs.abort(number, request.header.handle, now)
+        return outputs
+
+    def _drain(self, timeout_s: float) -> None:
+        """Called again, it can only leave less time."""
+        stop_at_ns = time.monotonic_ns() + int(timeout_s * 1e9)
+        if self._stop_at_ns is not None:
+            self._stop_at_ns = min(self._stop_at_ns, stop_at_ns)
+            return
+        log.info("draining: no new requests, %d to finish", self.core.num_requests)
+        self._stop_at_ns = stop_at_ns
+        self._inputs.drain()
+        self._tell_facts()
+        self._tell_supervisor("draining")
+
+    def _drain_asked(self, peer: Peer, query_id: int, timeout_ms: int) -> None:
+        configured_s = self.config.drain_timeout_s
+        self._drain(min(configured_s, timeout_ms / 1000) if timeout_ms >= 0 else configured_s)
+        assert self._stop_at_ns is not None
+        left_ns = max(0, self._stop_at_ns - time.monotonic_ns())
+        self._frontends.send(peer, DrainReply(query_id, self.core.num_requests, left_ns))
 
     def _is_done(self) -> bool:
         return self._stop_at_ns is not None and (self.core.is_idle or time.monotonic_ns() >= self._stop_at_ns)
@@ -415,6 +500,8 @@ class Engine:
             due.append(self._stop_at_ns)
         if wakeup_ns := self.core.next_wakeup_ns:
             due.append(wakeup_ns)
+        if until_ns := self._resumption.next_due_ns():
+            due.append(until_ns)
         return max(1, -(-(min(due) - now) // 1_000_000)) if due else None
 
     # ---------------------------------------------------------------------------------------------------- our own faults
@@ -444,7 +531,8 @@ class Engine:
         if isinstance(failure, CoreFailureError):
             log.error("the core failed; %d requests are lost", self.core.num_requests, exc_info=failure.__cause__)
         self._dump(str(failure))
-        outputs, facts = _last_words(self.core, time.monotonic_ns()), self.core.facts
+        now, facts = time.monotonic_ns(), self.core.facts
+        outputs = self._resumption.core_failed(_last_words(self.core, now), now)
         self._inputs.renew()
         if self.worker is not None and facts is not None:
             try:

@@ -55,10 +55,23 @@ class InvalidFieldError(RequestError):
         self.description = message
 
 
+class OutOfRangeError(RequestError):
+    """A field points to what is not there."""
+
+    status = "OUT_OF_RANGE"
+
+    def __init__(self, field: str, message: str) -> None:
+        super().__init__(f"{field} {message}", field=field)
+        self.description = message
+
+
 class UnreadableMessageError(RequestError):
-    """A message of a stream that is none of its type."""
+    """A message that is none of its type."""
 
     status = "INVALID_ARGUMENT"
+
+    def __init__(self) -> None:
+        super().__init__("a message of this call can't be read: is it of another version?")
 
 
 class UnsupportedFieldError(RequestError):

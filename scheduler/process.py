@@ -8,6 +8,8 @@ import os
 import signal
 
 SUPERVISOR_PID = "CAROUSEL_SUPERVISOR_PID"  # in the environment of every process that the supervisor starts
+# In the environment of a supervisor that a program starts for itself: the read end of a pipe whose other end is that program's.
+LIFELINE_FD = "CAROUSEL_LIFELINE_FD"
 _PR_SET_PDEATHSIG = 1
 
 
@@ -27,6 +29,13 @@ def obey_the_supervisor() -> None:
         return
     if os.getppid() != int(supervisor):  # it died before the line above
         os.kill(os.getpid(), signal.SIGKILL)
+
+
+def take_lifeline() -> int | None:
+    """The descriptor that is at its end once the program is gone that started this one for itself, however that happens; None:
+    nobody did. Taken out of the environment, since children have it no more."""
+    number = os.environ.pop(LIFELINE_FD, "")
+    return int(number) if number else None
 
 
 def log_to_stderr(role: str, level: str) -> None:

@@ -355,6 +355,12 @@ def replay_command(file: Path, hash_seeds: int, lists: bool, as_json: bool) -> N
 
     Exit code 0: every plan is the same. 1: one is not, or the recording is cut off, damaged, of another version, or begins
     midway.
+
+    \b
+    Examples:
+      carousel serve --model ./my-checkpoint --record run.crec
+      carousel replay run.crec
+      carousel replay run.crec --list --json
     """
     try:
         recording = Recording(file)

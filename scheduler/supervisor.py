@@ -29,7 +29,7 @@ from scheduler.frontend import tls
 from scheduler.frontend.callers import Callers
 from scheduler.frontend.config import FrontendConfig
 from scheduler.model_files import resolve
-from scheduler.process import SUPERVISOR_PID, log_to_stderr
+from scheduler.process import SUPERVISOR_PID, log_to_stderr, take_lifeline
 
 log = logging.getLogger(__name__)
 
@@ -204,15 +204,13 @@ class Supervisor:
         selector = selectors.DefaultSelector()
         selector.register(wakeup, selectors.EVENT_READ)
         selector.register(self._status, selectors.EVENT_READ)
+        if (lifeline := take_lifeline()) is not None:
+            selector.register(lifeline, selectors.EVENT_READ)
         try:
             for child in self._children:
                 child.start()
             while not self._stopping:
-                for key, _ in selector.select(self._timeout()):
-                    if key.fileobj == self._status:
-                        self._hear_status()
-                    else:
-                        wakeup.recv(64)
+                self._hear(selector, wakeup, self._timeout())
                 self._watch()
                 self._stopping = self._stopping or bool(self._signals)
             self._stop(selector, wakeup)
@@ -226,9 +224,22 @@ class Supervisor:
             shutil.rmtree(self._folder, ignore_errors=True)
         return self._exit_code
 
+    def _hear(self, selector: selectors.BaseSelector, wakeup: socket.socket, timeout_s: float | None) -> None:
+        """Waits for a word of the core, a signal, a child's end, or the end of whoever started this process for itself."""
+        for key, _ in selector.select(timeout_s):
+            if key.fileobj == self._status:
+                self._hear_status()
+            elif key.fileobj == wakeup:
+                wakeup.recv(64)
+            else:
+                selector.unregister(key.fileobj)
+                log.info("the program that this server was started for is gone")
+                self._signals += [signal.SIGTERM] * 2  # nobody is left who would read: end at once
+
     def _hear_status(self) -> None:
         words = os.read(self._status, 64)
         self._drained = self._drained or b"drained" in words
+        self._stopping = self._stopping or b"draining" in words  # somebody has called Drain
         if b"ready" in words:
             self.ready = True
             host = "127.0.0.1" if self.config.host in ("0.0.0.0", "::") else self.config.host
@@ -278,11 +289,7 @@ class Supervisor:
     def _wait(self, selector: selectors.BaseSelector, wakeup: socket.socket, over: Callable[[], bool], grace_s: float) -> None:
         until = time.monotonic() + grace_s
         while not over() and time.monotonic() < until and len(self._signals) < 2:
-            for key, _ in selector.select(until - time.monotonic()):
-                if key.fileobj == self._status:
-                    self._hear_status()
-                else:
-                    wakeup.recv(64)
+            self._hear(selector, wakeup, until - time.monotonic())
 
 
 def serve(config: ServeConfig) -> int:

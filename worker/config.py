@@ -11,6 +11,7 @@ DEVICES = ("auto", "cpu", "cuda", "sim")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 QUANTIZATIONS = ("none", "int8")  # of the matrices that are multiplied with
 
+_LIMITS, _GPU_LIMITS = (64, 512), (256, 2048)  # a GPU reads its weights in the time in which it computes some 200 rows
 STORED = "stored"  # weights: those of the checkpoint
 
 
@@ -55,8 +56,8 @@ class WorkerConfig:
     num_blocks: int | None = None
     kv_memory_gib: float | None = None
     swap_gib: float | None = None  # of host memory, for swapped sequences; None: 0 on a CPU, some on a GPU
-    max_batch_rows: int = 64
-    max_step_tokens: int = 512
+    max_batch_rows: int | None = None  # None: by device, as `limits` says
+    max_step_tokens: int | None = None
     threads: int | None = None  # None: one per processor that this process may use
     group: int = 0
     sim: SimConfig = field(default_factory=SimConfig)
@@ -83,8 +84,9 @@ class WorkerConfig:
         both = self.num_blocks is not None and kv_gib is not None
         check(not both, "--num-blocks and --kv-memory-gib both say how large the KV cache is: give one")
         check(swap_gib is None or 0 <= swap_gib < math.inf, f"--swap-gib {swap_gib}: 0 at least")
-        check(1 <= self.max_batch_rows <= 65_535, f"--max-batch-rows {self.max_batch_rows}: 1 to 65535")
-        check(self.max_step_tokens >= 1, f"--max-step-tokens {self.max_step_tokens}: 1 at least")
+        rows, tokens = self.max_batch_rows, self.max_step_tokens
+        check(rows is None or 1 <= rows <= 65_535, f"--max-batch-rows {rows}: 1 to 65535")
+        check(tokens is None or tokens >= 1, f"--max-step-tokens {tokens}: 1 at least")
         check(self.threads is None or self.threads >= 1, f"--threads {self.threads}: 1 at least")
         check(self.group >= 0, f"--group {self.group}: 0 at least")
         check(0 <= self.sim.end_chance <= 1, f"--sim-end-chance {self.sim.end_chance}: 0 to 1")
@@ -92,6 +94,13 @@ class WorkerConfig:
         both = self.device == "sim" and self.sim.host_blocks > 0 and bool(swap_gib)
         check(not both, "--swap-gib and --sim-host-blocks both say where to swap to: give one")
         check(self.sim.vocab_size >= 2, f"--sim-vocab-size {self.sim.vocab_size}: 2 at least")
+
+    def limits(self, device: str) -> tuple[int, int]:
+        """(sequences in the batch, tokens of the largest step) on this device: as asked for, or its default."""
+        rows, tokens = self.max_batch_rows, self.max_step_tokens
+        default_rows, default_tokens = _GPU_LIMITS if device == "cuda" else _LIMITS
+        rows = rows or min(default_rows, tokens or default_rows)  # each sequence computes a token at least
+        return rows, tokens or max(default_tokens, rows)
 
     @property
     def wish(self) -> Wish:

@@ -228,7 +228,7 @@ def _size_pool(
         bytes_per_token=shape.kv_bytes_per_token(dtype.itemsize),
         block_size=config.block_size,
         model_len=shape.max_model_len,
-        max_batch_rows=config.max_batch_rows,
+        max_batch_rows=config.limits(device.type)[0],
         available_bytes=available_bytes,
         share=share,
         default_bytes=DEFAULT_CPU_BYTES if on_cpu else None,
@@ -295,6 +295,7 @@ def _facts(
     why: str,
 ) -> WorkerFacts:
     dtype_name, weights = str(dtype).removeprefix("torch."), _weights_name(dtype, config.quantization)
+    rows, tokens = config.limits(device.type)
     by = f", {'loops' if device.type == 'cpu' else 'kernels'} by {loops}" if loops else ""
     where = f"cpu ({threads} threads{_lacking()}{by})" if device.type == "cpu" else f"{torch.cuda.get_device_name(device)}{by}"
     swap = f", {format_bytes(kv.num_host_blocks * pool.block_bytes)} of host memory to swap to" if kv.num_host_blocks else ""
@@ -311,8 +312,8 @@ def _facts(
         num_blocks=pool.num_blocks,
         kv_bytes_per_token=pool.bytes_per_token,
         num_parameters=num_parameters,
-        max_batch_rows=config.max_batch_rows,
-        max_step_tokens=config.max_step_tokens,
+        max_batch_rows=rows,
+        max_step_tokens=tokens,
         num_host_blocks=kv.num_host_blocks,
         swap_block_ns=_swap_block_ns(kv, device),
     )

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from wire import LogprobRun, Logprobs, LogprobsHeader, StepPlan
+from worker import kernels
 from worker.sequences import Sequences, StepRows
 
 _PART = 64  # prompt tokens whose logits are in memory together
@@ -26,13 +27,14 @@ class Told:
         self._logprobs: list[Tensor] = []
         self._token_ids: list[Tensor] = []
 
-    def add(self, row: int, position: int, logprobs_NV: Tensor, token_ids_N: Tensor, num_best: int) -> None:
-        """Of the tokens at `position` and behind it; logprobs_NV: of what may stand there."""
-        num_best = min(num_best, logprobs_NV.shape[1])
-        own = token_ids_N.to(logprobs_NV.device, torch.int64)[:, None]
-        best = logprobs_NV.topk(num_best, dim=1)
+    def add(self, row: int, position: int, logits_NV: Tensor, total_N: Tensor, token_ids_N: Tensor, num_best: int) -> None:
+        """Of the tokens at `position` and behind it; logits_NV: of what may stand there, total_N: their _log_sum_exp."""
+        num_best = min(num_best, logits_NV.shape[1])
+        own = token_ids_N.to(logits_NV.device, torch.int64)[:, None]
+        best = logits_NV.topk(num_best, dim=1)
         self._runs.append(LogprobRun(row, position, len(own), num_best))
-        self._logprobs.append(torch.cat((logprobs_NV.gather(1, own), best.values), dim=1).flatten())
+        told = torch.cat((logits_NV.gather(1, own), best.values), dim=1) - total_N[:, None]
+        self._logprobs.append(told.flatten())
         self._token_ids.append(torch.cat((own, best.indices), dim=1).flatten())
 
     def message(self, plan: StepPlan) -> Logprobs | None:
@@ -58,7 +60,7 @@ def of_prompts(told: Told, sequences: Sequences, rows: StepRows, hidden_TC: Tens
             logits_NV = logits(hidden_TC[begin + position - first : begin + until - first])
             token_ids = torch.from_numpy(sequences.tokens[slot, position + 1 : until + 1].copy())
             num_best = int(sequences.columns.prompt_logprobs[slot])
-            told.add(slot, position + 1, logits_NV.log_softmax(dim=1), token_ids, num_best)
+            told.add(slot, position + 1, logits_NV, _log_sum_exp(logits_NV), token_ids, num_best)
 
 
 class OfDraws:
@@ -67,12 +69,18 @@ class OfDraws:
     def __init__(self, sequences: Sequences, rows: StepRows, logits_NV: Tensor) -> None:
         self._num_best = sequences.columns.logprobs[rows.slots[rows.drawing[: rows.num_sampled]]]
         self._asked = np.flatnonzero(self._num_best >= 0)
-        self._logprobs_MV = logits_NV[self._asked].log_softmax(dim=1) if len(self._asked) else None
+        self._logits_MV = logits_NV[self._asked]  # a copy
 
     def tell(self, told: Told, rows: StepRows, tokens_N: Tensor) -> None:
-        if self._logprobs_MV is None:
+        if not len(self._asked):
             return
-        for i, logprobs_V in zip(self._asked.tolist(), self._logprobs_MV, strict=True):
+        total_M = _log_sum_exp(self._logits_MV)
+        for m, i in enumerate(self._asked.tolist()):
             row = rows.drawing[i]
             position = int(rows.first[row] + rows.count[row])
-            told.add(int(rows.slots[row]), position, logprobs_V[None], tokens_N[i : i + 1], int(self._num_best[i]))
+            logits, total = self._logits_MV[m : m + 1], total_M[m : m + 1]
+            told.add(int(rows.slots[row]), position, logits, total, tokens_N[i : i + 1], int(self._num_best[i]))
+
+
+def _log_sum_exp(logits_NV: Tensor) -> Tensor:
+    return kernels.log_sum_exp(logits_NV) if kernels.fits(logits_NV) else logits_NV.logsumexp(dim=1)

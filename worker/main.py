@@ -64,8 +64,8 @@ def parse(arguments: Sequence[str]) -> tuple[WorkerConfig, str]:
         metavar="X",
         help="host memory for the KV cache of preempted sequences [0 on a CPU, else 4 or a tenth of what is available]",
     )
-    add("--max-batch-rows", type=int, default=64, metavar="N", help="sequences in the batch [64]")
-    add("--max-step-tokens", type=int, default=512, metavar="N", help="tokens of the largest step [512]")
+    add("--max-batch-rows", type=int, metavar="N", help="sequences in the batch [64; 256 on a GPU]")
+    add("--max-step-tokens", type=int, metavar="N", help="tokens of the largest step [512; 2048 on a GPU]")
     add("--threads", type=int, metavar="N", help="threads on a CPU, no more than it has processors [one per core]")
     add("--group", type=int, default=0, metavar="N", help="worker group [0]")
     add("--sim-base-ns", type=int, default=0, metavar="NS", help="simulated time of any step [0]")

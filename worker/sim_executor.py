@@ -86,11 +86,12 @@ class SimExecutor:
             shape, wished = _shape_of(model_dir), config.max_model_len
             if wished is not None and wished > shape.longest:
                 raise ConfigError(f"--max-model-len {wished:,} is beyond what the model can, {shape.longest:,} tokens")
+        rows, tokens = config.limits("sim")
         pool = size_pool(
             bytes_per_token=shape.kv_bytes_per_token,
             block_size=config.block_size,
             model_len=shape.max_model_len,
-            max_batch_rows=config.max_batch_rows,
+            max_batch_rows=rows,
             available_bytes=sys.maxsize,  # nothing is stored
             share=1.0,
             default_bytes=DEFAULT_CPU_BYTES,
@@ -103,8 +104,8 @@ class SimExecutor:
             max_model_len=pool.max_model_len,
             block_size=pool.block_size,
             num_blocks=pool.num_blocks,
-            max_batch_rows=config.max_batch_rows,
-            max_step_tokens=config.max_step_tokens,
+            max_batch_rows=rows,
+            max_step_tokens=tokens,
             kv_bytes_per_token=pool.bytes_per_token,
             architecture=shape.architecture,
             dtype=shape.dtype,

@@ -35,10 +35,14 @@ _Headers = (
     | messages.TokenBatchHeader
     | messages.CancelQuery
     | messages.CancelReply
+    | messages.ResumeQuery
+    | messages.ResumeHeader
     | messages.LoadQuery
     | messages.LoadReply
     | messages.SetPolicyQuery
     | messages.SetPolicyReply
+    | messages.DrainQuery
+    | messages.DrainReply
     | messages.ExplainQuery
     | messages.ExplainReply
     | messages.ListQuery

@@ -2,7 +2,8 @@
 
 A message is a small typed header (msgspec) and, where there is something per row or per token, a few integer arrays
 (numpy, little-endian) that travel as raw bytes. Legend for array lengths: R rows computed, P padding rows, E ended rows,
-G blocks appended, T tokens, B blocks, N sampled rows, F full blocks of a prompt, C copies of blocks.
+G blocks appended, T tokens, B blocks, N sampled rows, F full blocks of a prompt, C copies of blocks,
+O outputs of a request.
 
 Three links use them:
   worker → core   WorkerHello, Logprobs, StepResult, StepFailed  core → worker      Welcome, StepPlan, Probe
@@ -303,6 +304,10 @@ class AddHeader(Header, tag="add"):
     whole_by_deadline: bool = False  # refused unless all max_tokens can come in time, not only the first
     prefix_key: bytes = b""  # kvcache.prefix_index.root(): keys the chain of hashes; empty: past the prefix cache
     hash_block_size: int = 0  # tokens of a block that prefix_hashes were made for; 0: none were made
+    resume_window_ms: int = (
+        0  # so long it goes on when its reader is gone, and is kept after its end; 0: it ends with its reader
+    )
+    resume_state: bytes = b""  # what a front end must know to go on with it; the core process keeps and does not read it
 
 
 @dataclass(slots=True)
@@ -319,7 +324,7 @@ class AddRequest:
 
 class AbortRequest(Header, tag="abort"):
     """The client dropped the stream: forget the request with all its outputs; OutputEnded(CANCELLED) comes back for each that
-    had not ended."""
+    had not ended. One with a resume window goes on without a reader instead, and nothing comes back."""
 
     handle: int  # of its first output
 
@@ -348,7 +353,8 @@ class Credit:
 
 
 class Refused(Header, tag="refused"):
-    """A request that was not accepted. `code` is the name of a gRPC status."""
+    """A request that was not accepted, or a stream that has lost its request to another one (ABORTED; `handle` is of any output
+    of it that goes on). `code` is the name of a gRPC status."""
 
     handle: int
     code: str
@@ -411,6 +417,35 @@ class CancelReply(Header, tag="cancel_reply"):
     outcome: CancelOutcome
 
 
+class ResumeQuery(Header, tag="resume"):
+    """Takes over a request that has a resume window: what comes of its output i from now on goes to handle + i."""
+
+    query_id: int
+    request_id: str
+    handle: int  # chosen by the front end, for as many outputs as a request may have
+
+
+class ResumeHeader(Header, tag="resume_reply"):
+    query_id: int
+    handle: int  # as in the query
+    is_known: bool  # False: no such request is kept, and nothing else is said
+    resume_state: bytes = b""
+    ended: tuple[OutputEnded | None, ...] = ()  # of each output; None: it goes on
+
+
+@dataclass(slots=True)
+class ResumeReply:
+    """A request so far; all of it counts as taken by the reader."""
+
+    header: ResumeHeader
+    prompt: I32 = field(default_factory=_i32)  # [T]
+    tokens: I32 = field(default_factory=_i32)  # [N] of all outputs, one after the other
+    num_tokens: I32 = field(default_factory=_i32)  # [O] of each output
+
+    HEADER: ClassVar[type[Header]] = ResumeHeader
+    ARRAYS: ClassVar[tuple[tuple[str, str], ...]] = (("prompt", "<i4"), ("tokens", "<i4"), ("num_tokens", "<i4"))
+
+
 class LoadQuery(Header, tag="load"):
     query_id: int
 
@@ -449,6 +484,19 @@ class SetPolicyReply(Header, tag="set_policy_reply"):
     query_id: int
     policy: str  # in force now
     error: str = ""  # why it was not changed; empty when it was
+
+
+class DrainQuery(Header, tag="drain"):
+    """End, once those alive have ended or their time is over."""
+
+    query_id: int
+    timeout_ms: int  # at most; negative: as configured
+
+
+class DrainReply(Header, tag="drain_reply"):
+    query_id: int
+    num_requests: int  # alive
+    left_ns: int  # until they are ended
 
 
 class Hindrance(enum.StrEnum):
@@ -625,10 +673,14 @@ Message: TypeAlias = (
     | TokenBatch
     | CancelQuery
     | CancelReply
+    | ResumeQuery
+    | ResumeReply
     | LoadQuery
     | LoadReply
     | SetPolicyQuery
     | SetPolicyReply
+    | DrainQuery
+    | DrainReply
     | ExplainQuery
     | ExplainReply
     | ListQuery
@@ -640,5 +692,5 @@ Message: TypeAlias = (
 )
 
 WITH_ARRAYS: dict[type[Header], Any] = {
-    cls.HEADER: cls for cls in (StepPlan, StepResult, Logprobs, AddRequest, Credit, TokenBatch, BlockTablesReply)
+    cls.HEADER: cls for cls in (StepPlan, StepResult, Logprobs, AddRequest, Credit, TokenBatch, ResumeReply, BlockTablesReply)
 }

@@ -64,6 +64,7 @@ class Output:
 
     frontend: int
     batch: TokenBatch
+    kept: tuple[tuple[int, I32], ...] = ()  # (handle, all tokens) of outputs that ended, where the request has a resume window
 
 
 @dataclass(slots=True)
@@ -105,6 +106,7 @@ class _Emitted:
 
     tokens: dict[int, tuple[U32, I32]] = field(default_factory=dict)
     ended: dict[int, list[OutputEnded]] = field(default_factory=dict)
+    kept: dict[int, list[tuple[int, I32]]] = field(default_factory=dict)
 
 
 class Core:
@@ -251,6 +253,7 @@ class Core:
             self._end_request(request, EndReason.CANCELLED, now)
         self._emitted.tokens.pop(frontend, None)  # nobody is there to hear them
         self._emitted.ended.pop(frontend, None)
+        self._emitted.kept.pop(frontend, None)
 
     def set_policy(self, name: str, now: int) -> str:
         """Another policy from the next plan on; nothing running is lost. Says why not, or nothing."""
@@ -669,6 +672,17 @@ class Core:
         held = slot >= 0 and self.rows.sequences[slot] is sequence
         return int(self.rows.num_outputs[slot]) if held else len(sequence.outputs)
 
+    def output_tokens(self, sequence: Sequence) -> I32:
+        """Those that have arrived, of an output that has not ended; good until the next verb."""
+        slot = sequence.slot
+        held = slot >= 0 and self.rows.sequences[slot] is sequence
+        tokens: I32 = self.rows.outputs[slot, : self.rows.num_outputs[slot]] if held else sequence.outputs
+        return tokens
+
+    def sequence(self, frontend: int, handle: int) -> Sequence:
+        """An output of a request that is alive."""
+        return self._by_handle[frontend, handle]
+
     def reader(self, slot: int) -> tuple[int, int] | None:
         """(front end, handle) of whom the next result of this row goes to; None: nobody wants it any more."""
         if self.rows.state[slot] not in (RUNNING, PREEMPTED):
@@ -967,6 +981,9 @@ class Core:
         slot, rows, request = sequence.slot, self.rows, sequence.request
         num_arrived = int(rows.num_outputs[slot]) if slot >= 0 else len(sequence.outputs)
         num_outputs = num_arrived if num_outputs is None else min(num_outputs, num_arrived)
+        if request.header.resume_window_ms:
+            tokens = self.output_tokens(sequence)[:num_outputs].copy()
+            self._emitted.kept.setdefault(request.frontend, []).append((sequence.handle, tokens))
         if sequence.state is State.RUNNING:
             self._stop_running(sequence, now)
             if self.policy.keeps_ended_rows and reason in (EndReason.STOP, EndReason.LENGTH):
@@ -1072,7 +1089,7 @@ class Core:
             batch = TokenBatch(TokenBatchHeader(self._returned_step(), tuple(emitted.ended.get(frontend, ()))))
             if frontend in emitted.tokens:
                 batch.handles, batch.tokens = emitted.tokens[frontend]
-            outputs.append(Output(frontend, batch))
+            outputs.append(Output(frontend, batch, tuple(emitted.kept.get(frontend, ()))))
         return outputs
 
     def _new_epoch(self, max_rows: int, num_blocks: int, block_size: int, vocab_size: int, num_host_blocks: int) -> None:

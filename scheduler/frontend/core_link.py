@@ -12,6 +12,8 @@ import contextlib
 import logging
 import os
 from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TypeAlias, TypeVar
 
 import msgspec
@@ -20,7 +22,7 @@ import zmq
 from zmq.utils.monitor import parse_monitor_message
 
 from scheduler.errors import RefusedError, RequestError, UnavailableError
-from scheduler.frontend.streams import Outlet, Stream
+from scheduler.frontend.streams import Outlet, ResumedStream, Stream
 from wire import (
     AbortRequest,
     AddRequest,
@@ -29,6 +31,8 @@ from wire import (
     CancelQuery,
     CancelReply,
     Credit,
+    DrainQuery,
+    DrainReply,
     ExplainQuery,
     ExplainReply,
     Facts,
@@ -41,6 +45,8 @@ from wire import (
     Message,
     Probe,
     Refused,
+    ResumeQuery,
+    ResumeReply,
     SetPolicyQuery,
     SetPolicyReply,
     StepRecord,
@@ -62,9 +68,18 @@ _WATCHED_STEPS = 256  # records that wait for one slow watcher
 
 _NEVER = 1 << 62  # tokens: no output has so many
 
-Query: TypeAlias = CancelQuery | LoadQuery | SetPolicyQuery | ListQuery | ExplainQuery | BlockTablesQuery
-Reply: TypeAlias = CancelReply | LoadReply | SetPolicyReply | ListReply | ExplainReply | BlockTablesReply
-ReplyT = TypeVar("ReplyT", CancelReply, LoadReply, SetPolicyReply, ListReply, ExplainReply, BlockTablesReply)
+Query: TypeAlias = CancelQuery | LoadQuery | SetPolicyQuery | DrainQuery | ListQuery | ExplainQuery | BlockTablesQuery
+Reply: TypeAlias = CancelReply | LoadReply | SetPolicyReply | DrainReply | ListReply | ExplainReply | BlockTablesReply
+ReplyT = TypeVar("ReplyT", CancelReply, LoadReply, SetPolicyReply, DrainReply, ListReply, ExplainReply, BlockTablesReply)
+
+
+@dataclass(slots=True)
+class _Resuming:
+    """A Resume that waits for the core's answer."""
+
+    make: Callable[[ResumeReply], ResumedStream]
+    opened: asyncio.Future[tuple[ResumeReply, ResumedStream] | None]
+    stream: ResumedStream | None = None  # that is fed already
 
 
 class Watcher:
@@ -119,6 +134,7 @@ class CoreLink:
         self._last_handle = 0
         self._credits: dict[int, int] = {}  # tokens by handle, to be told
         self._queries: dict[int, asyncio.Future[Reply]] = {}
+        self._resuming: dict[int, _Resuming] = {}  # by query
         self._last_query = 0
         self._watchers: set[Watcher] = set()
         self._loop.add_reader(self._socket.fileno(), self._receive)
@@ -158,7 +174,7 @@ class CoreLink:
             self._outlets[outlet.handle] = outlet
 
     def drop(self, stream: Stream) -> None:
-        """The reader is gone; does nothing when the request has ended."""
+        """The reader is gone; does nothing when the request has ended. One with a resume window goes on."""
         if self._forget(stream):
             self._tell(AbortRequest(stream.outlets[0].handle))
 
@@ -187,6 +203,26 @@ class CoreLink:
         """Raises UnavailableError."""
         return await self._ask(CancelQuery(self._new_query(), request_id), CancelReply)
 
+    async def resume(
+        self, request_id: str, most_outputs: int, make: Callable[[ResumeReply], ResumedStream]
+    ) -> tuple[ResumeReply, ResumedStream] | None:
+        """Takes over a request with a resume window; to be dropped in the end. `make` makes a stream of the core's answer, and
+        what comes from then on goes into it: nothing is missed. None: no such request is kept. Raises UnavailableError."""
+        query = ResumeQuery(self._new_query(), request_id, self.new_handle(most_outputs))
+        resuming = self._resuming[query.query_id] = _Resuming(make, self._loop.create_future())
+        try:
+            self._send(query)
+            async with asyncio.timeout(_ANSWER_S):
+                return await resuming.opened
+        except BaseException as error:
+            if resuming.stream is not None:  # cancelled at the very moment
+                self.drop(resuming.stream)
+            if isinstance(error, TimeoutError):
+                raise UnavailableError("the scheduler core does not answer") from None
+            raise
+        finally:
+            del self._resuming[query.query_id]
+
     async def load(self) -> LoadReply:
         """Raises UnavailableError."""
         return await self._ask(LoadQuery(self._new_query()), LoadReply)
@@ -197,6 +233,10 @@ class CoreLink:
         if self.facts is not None:  # the core tells all front ends, but whoever asked may not look at it too early
             self.facts = msgspec.structs.replace(self.facts, policy=reply.policy)
         return reply
+
+    async def drain(self, timeout_ms: int) -> DrainReply:
+        """timeout_ms: what those alive get at most; negative: as configured. Raises UnavailableError."""
+        return await self._ask(DrainQuery(self._new_query(), timeout_ms), DrainReply)
 
     async def list_requests(self, after: int, limit: int) -> ListReply:
         """after: `next` of the reply before, 0 for the first. Raises UnavailableError."""
@@ -293,10 +333,12 @@ class CoreLink:
                 self.report_after = max(1, message.max_unread_tokens // 4) if message.max_unread_tokens else _NEVER
             case Refused():
                 self._refused(message)
-            case CancelReply() | LoadReply() | SetPolicyReply() | ListReply() | ExplainReply():
+            case CancelReply() | LoadReply() | SetPolicyReply() | DrainReply() | ListReply() | ExplainReply():
                 self._answer(message.query_id, message)
             case BlockTablesReply():
                 self._answer(message.header.query_id, message)
+            case ResumeReply():
+                self._resumed(message)
             case StepRecord():
                 for watcher in self._watchers:
                     watcher.put(message)
@@ -312,7 +354,7 @@ class CoreLink:
         for handle, token in zip(batch.handles.tolist(), batch.tokens.tolist(), strict=True):
             outlet = outlets.get(handle)
             if outlet is not None:
-                end = ended.pop(handle, None)
+                end = ended.pop(handle, None) if ended else None
                 if end is not None:
                     del outlets[handle]
                 outlet.token(token, end, self)
@@ -340,6 +382,28 @@ class CoreLink:
                 refused.code, refused.message, field=field, retry_after_ns=retry_after_ns, metadata=refused.details
             )
             outlet.stream.fail(error)
+
+    def _resumed(self, reply: ResumeReply) -> None:
+        """At once: the next message may hold its next token."""
+        header, resuming = reply.header, self._resuming.get(reply.header.query_id)
+        if resuming is None or resuming.opened.done():
+            if header.is_known:  # whoever asked is gone
+                self._tell(AbortRequest(header.handle))
+            return
+        if not header.is_known:
+            resuming.opened.set_result(None)
+            return
+        try:
+            stream = resuming.stream = resuming.make(reply)
+        except Exception as error:  # our mistake, which is the call's to tell
+            self._tell(AbortRequest(header.handle))
+            resuming.opened.set_exception(error)
+            return
+        for outlet, ended in zip(stream.outlets, header.ended, strict=True):
+            outlet.handle = header.handle + outlet.index
+            if ended is None:
+                self._outlets[outlet.handle] = outlet
+        resuming.opened.set_result((reply, stream))
 
     def _answer(self, query_id: int, reply: Reply) -> None:
         answer = self._queries.get(query_id)
@@ -375,3 +439,6 @@ class CoreLink:
         for answer in self._queries.values():
             if not answer.done():
                 answer.set_exception(error)
+        for resuming in self._resuming.values():
+            if not resuming.opened.done():
+                resuming.opened.set_exception(error)

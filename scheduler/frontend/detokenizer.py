@@ -27,6 +27,10 @@ class Detokenizer(Protocol):
         """(text of the tokens before, certain only now; text of this token)."""
         ...
 
+    def decode(self, tokens: Iterable[int]) -> str:
+        """All text that is certain after these tokens: what `step` would tell of them one by one, in one go."""
+        ...
+
     def flush(self) -> str:
         """The output has ended: text of the tokens before that had been waiting."""
         ...
@@ -113,18 +117,26 @@ class ByteDetokenizer:
 
     def __init__(self, table: ByteTable) -> None:
         self._table = table
-        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self._begun = b""  # of a character
 
     def step(self, token: int) -> tuple[str, str]:
         data = self._table[token]
-        if data and not 0x80 <= data[0] < 0xC0 and self._decoder.getstate()[0]:  # the character before stays incomplete
-            late = self._decoder.decode(b"", True)
-            self._decoder.reset()
-            return late, self._decoder.decode(data)
-        return "", self._decoder.decode(data)
+        if self._begun and data and not 0x80 <= data[0] < 0xC0:  # it stays incomplete
+            return self.flush(), self._decode(data)
+        return "", self._decode(data)
+
+    def decode(self, tokens: Iterable[int]) -> str:
+        return self._decode(b"".join(map(self._table.__getitem__, tokens)))
 
     def flush(self) -> str:
-        return self._decoder.decode(b"", True)
+        begun, self._begun = self._begun, b""
+        return begun.decode(errors="replace")
+
+    def _decode(self, data: bytes) -> str:
+        data = self._begun + data
+        text, used = codecs.utf_8_decode(data, "replace", False)
+        self._begun = data[used:]
+        return text
 
 
 # -------------------------------------------------------------------------------------------------------------- pieces
@@ -178,6 +190,9 @@ class PieceDetokenizer:
         if content is None:
             return "", ""
         return self.flush(), self._text([content])
+
+    def decode(self, tokens: Iterable[int]) -> str:
+        return "".join([text for token in tokens for text in self.step(token)])
 
     def flush(self) -> str:
         run, self._run = self._run, []

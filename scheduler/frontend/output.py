@@ -24,13 +24,14 @@ class Piece:
 
 
 class Output:
-    """Without stop strings: every token is certain at once."""
+    """Without stop strings: every token is certain at once. Its text is made when somebody asks, of all new tokens together."""
 
     def __init__(self, detokenizer: Detokenizer | None) -> None:
         self.num_tokens = 0  # that came in
         self.stop_string = ""  # found in the text; the output has ended then
         self._detokenizer = detokenizer  # None: nobody wants text
         self._tokens: list[int] = []
+        self._num_decoded = 0  # of these
         self._text: list[str] = []
         self._token_offset = 0
         self._text_offset = 0
@@ -39,23 +40,43 @@ class Output:
         """The next token."""
         self.num_tokens += 1
         self._tokens.append(token)
-        if self._detokenizer is not None:
-            self._text += self._detokenizer.step(token)
 
     def finish(self) -> None:
         """No token follows: what was waiting is certain now."""
         if self._detokenizer is not None:
+            self._decode()
             self._text.append(self._detokenizer.flush())
+
+    def _decode(self) -> None:
+        """The tokens that came since the last time."""
+        if self._detokenizer is not None and self._num_decoded < len(self._tokens):
+            self._text.append(self._detokenizer.decode(self._tokens[self._num_decoded :]))
+        self._num_decoded = len(self._tokens)
+
+    @property
+    def certain(self) -> tuple[int, bytes]:
+        """Tokens, and the text in UTF-8, that are certain and were not taken."""
+        self._decode()
+        return len(self._tokens), "".join(self._text).encode()
+
+    def skip(self, num_tokens: int, num_bytes: int) -> None:
+        """So many tokens and bytes of what is certain: their reader has them already. The bytes end between two characters."""
+        _, text = self.certain
+        self._tokens, self._text = self._tokens[num_tokens:], [text[num_bytes:].decode()]
+        self._num_decoded = len(self._tokens)
+        self._token_offset += num_tokens
+        self._text_offset += num_bytes
 
     def take(self) -> Piece | None:
         """All that is certain and was not taken before; None if there is nothing."""
+        self._decode()
         text = "".join(self._text)
         if not self._tokens and not text:
             return None
         piece = Piece(self._token_offset, self._text_offset, self._tokens, text)
         self._token_offset += len(self._tokens)
-        self._text_offset += len(text.encode())
-        self._tokens, self._text = [], []
+        self._text_offset += len(text) if text.isascii() else len(text.encode())
+        self._tokens, self._text, self._num_decoded = [], [], 0
         return piece
 
 
@@ -71,7 +92,7 @@ class StoppableOutput(Output):
     """With stop strings."""
 
     def __init__(self, detokenizer: Detokenizer, stop_strings: StopStrings, include_stop: bool) -> None:
-        super().__init__(detokenizer)
+        super().__init__(None)  # text is made here, token by token
         self._detok = detokenizer
         self._stop_strings = stop_strings
         self._include_stop = include_stop

@@ -20,6 +20,8 @@ from wire.messages import F32, I32
 # Of one token: log-probabilities and the ids that they are of, its own first, then the most likely ones.
 Told: TypeAlias = tuple[list[float], list[int]]
 
+_REPLAYED_AT_ONCE = 500  # tokens; some milliseconds where stop strings are looked for
+
 
 class ToCore(Protocol):
     """What a stream tells the core."""
@@ -60,16 +62,18 @@ class Outlet:
     def token(self, token: int, ended: OutputEnded | None, core: ToCore) -> None:
         """A token, and the output's end if this was its last."""
         self.num_received += 1
-        is_stop = ended is not None and ended.stop_token_id == token
-        if self.stream.include_stop or not is_stop:
-            self.output.push(token)
+        output = self.output
         if ended is not None:
+            if self.stream.include_stop or ended.stop_token_id != token:
+                output.push(token)
             self.end(ended)
             return
-        if self.output.stop_string and not self._truncated:
+        output.push(token)
+        if output.stop_string and not self._truncated:
             self._truncated = True
-            core.truncate(self.handle, self.output.num_tokens)
-        self.stream.put(self)
+            core.truncate(self.handle, output.num_tokens)
+        if not self.is_fresh:
+            self.stream.put(self)
 
     def tell(self, position: int, logprobs: F32, token_ids: I32) -> None:
         """Of the tokens at `position` of the sequence and behind it. What is told twice, after a recompute, is the same."""
@@ -92,6 +96,45 @@ class Outlet:
         if unreported >= report_after and self.ended is None:
             self._num_reported = num_received
             core.credit(self.handle, unreported)
+
+
+class ResumedOutlet(Outlet):
+    """One of a request that was resumed: it begins with all that it has ever brought. Until that is replayed, what comes waits
+    behind it."""
+
+    __slots__ = ("_last_end", "_waiting")
+
+    def __init__(self, stream: Stream, index: int, output: Output, tokens: Sequence[int], ended: OutputEnded | None) -> None:
+        """tokens, ended: what the core said at Resume; these tokens count as accepted."""
+        super().__init__(stream, index, output)
+        self._num_reported = len(tokens)
+        self._waiting: deque[int] | None = deque(tokens)  # None: all is replayed
+        self._last_end = ended
+
+    def token(self, token: int, ended: OutputEnded | None, core: ToCore) -> None:
+        if self._waiting is None:
+            super().token(token, ended, core)
+        else:
+            self._waiting.append(token)
+            self._last_end = ended
+
+    def end(self, ended: OutputEnded) -> None:
+        if self._waiting:
+            self._last_end = ended
+        else:
+            super().end(ended)
+
+    async def replay(self, core: ToCore) -> None:
+        """A part at a time, so that a long output holds up no other stream."""
+        assert self._waiting is not None
+        while self._waiting:
+            for _ in range(min(_REPLAYED_AT_ONCE, len(self._waiting))):
+                token = self._waiting.popleft()
+                super().token(token, None if self._waiting else self._last_end, core)
+            await asyncio.sleep(0)
+        self._waiting = None
+        if self._last_end is not None and self.ended is None:
+            super().end(self._last_end)
 
 
 class Inbox:
@@ -131,7 +174,7 @@ class Stream:
     """A request, alive from its AddRequest until all its outputs have ended, it is refused, or its handler ends."""
 
     def __init__(self, outputs: Sequence[Output], include_stop: bool, num_prompt: int = 0, inbox: Inbox | None = None) -> None:
-        self.outlets = [Outlet(self, index, output) for index, output in enumerate(outputs)]
+        self.outlets: Sequence[Outlet] = [Outlet(self, index, output) for index, output in enumerate(outputs)]
         self.include_stop = include_stop
         self.num_prompt = num_prompt  # tokens
         self.prompt_logprobs: dict[int, Told] = {}  # by position
@@ -147,3 +190,12 @@ class Stream:
     def fail(self, error: RequestError) -> None:
         self.error = error
         self.inbox.put_failed(self)
+
+
+class ResumedStream(Stream):
+    """Of a request that was resumed; its outlets are put in by who makes it, and are replayed before anything is taken."""
+
+    outlets: Sequence[ResumedOutlet]
+
+    def __init__(self, include_stop: bool, num_prompt: int) -> None:
+        super().__init__((), include_stop, num_prompt)

@@ -26,6 +26,7 @@ MAX_STOP_CHARACTERS = 256
 MAX_STOP_TOKENS = 64
 MAX_BIASES = 1024
 MAX_LOGPROBS = 20
+MAX_RESUME_WINDOW_MS = 600_000
 
 _FloatName: TypeAlias = Literal["temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty"]
 
@@ -48,6 +49,7 @@ class Options:
     include_stop: bool
     text: bool
     echo: bool
+    resume_window_ms: int = 0
 
 
 def check_options(request: pb.GenerateRequest, limits: WorkerFacts, defaults: ModelDefaults) -> Options:
@@ -73,6 +75,7 @@ def check_options(request: pb.GenerateRequest, limits: WorkerFacts, defaults: Mo
         include_stop=stopping.include_stop,
         text=request.output.text if request.output.HasField("text") else True,
         echo=request.output.echo,
+        resume_window_ms=_resume_window(request),
     )
 
 
@@ -225,8 +228,16 @@ def _check_scheduling(scheduling: pb.SchedulingParams) -> None:
     if len(scheduling.cache_salt) > MAX_SALT_CHARACTERS:
         what = f"must have at most {MAX_SALT_CHARACTERS} characters, not {len(scheduling.cache_salt)}"
         raise InvalidFieldError("scheduling.cache_salt", what)
-    if scheduling.resume_window_ms:
-        raise UnsupportedFieldError("scheduling.resume_window_ms")
+
+
+def _resume_window(request: pb.GenerateRequest) -> int:
+    window_ms: int = request.scheduling.resume_window_ms
+    if window_ms > MAX_RESUME_WINDOW_MS:
+        raise InvalidFieldError("scheduling.resume_window_ms", f"must be at most {MAX_RESUME_WINDOW_MS:,}, not {window_ms:,}")
+    for name in ("logprobs", "prompt_logprobs"):
+        if window_ms and request.output.HasField(name):
+            raise UnsupportedFieldError(f"output.{name}", "together with scheduling.resume_window_ms")
+    return window_ms
 
 
 def _whole_by_deadline(request: pb.GenerateRequest, max_tokens: int) -> bool:

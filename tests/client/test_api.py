@@ -1,14 +1,29 @@
-"""The Python client against a real gRPC server with scripted streams."""
+"""The Python client, blocking and asyncio, against a real gRPC server with scripted streams."""
 
 from __future__ import annotations
 
+import asyncio
+import inspect
 import threading
 
 import grpc
 import pytest
 
 from carousel.v1 import control_pb2, generation_pb2, inspect_pb2
-from client import CarouselClient, CarouselError, ServerUnreachableError
+from client import (
+    AsyncCarouselClient,
+    AsyncGenerateStream,
+    AsyncMany,
+    AsyncStream,
+    CarouselClient,
+    CarouselError,
+    GenerateStream,
+    Many,
+    ServerUnreachableError,
+    Stream,
+)
+from client.retries import RESUME_WINDOW_MS
+from tests.helpers.driven import DrivenClient, run
 from tests.helpers.fake_server import (
     WAIT_S,
     FakeServer,
@@ -30,9 +45,14 @@ def server():
         yield running
 
 
+@pytest.fixture(params=[CarouselClient, DrivenClient], ids=["blocking", "asyncio"])
+def connect(request):
+    return request.param
+
+
 @pytest.fixture
-def client(server):
-    with CarouselClient(server.target) as connected:
+def client(server, connect):
+    with connect(server.target, retries=0) as connected:
         yield connected
 
 
@@ -52,12 +72,13 @@ def test_only_what_was_given_is_sent(server, client):
     assert request.stopping.max_tokens == 7 and list(request.stopping.stop) == ["x"]
     given = {field.name for message in (request.sampling, request.stopping) for field, _ in message.ListFields()}
     assert given == {"temperature", "max_tokens", "stop"}
-    assert request.scheduling == generation_pb2.SchedulingParams()
+    assert request.scheduling == generation_pb2.SchedulingParams(resume_window_ms=RESUME_WINDOW_MS)
 
 
 def test_every_argument_reaches_its_field(server, client):
     arguments = {"top_k": 5, "top_p": 0.5, "min_p": 0.25, "seed": 2**63, "min_tokens": 1, "stop_token_ids": [1, 2]}
     arguments |= {"num_outputs": 3, "tenant": "team-a", "max_time_ms": 900, "on_timeout": "partial", "cache_salt": "s"}
+    arguments |= {"resume_window_ms": 7, "whole_by_deadline": True}
     list(client.generate([3, 4], request_id="me", ignore_eos=True, echo=True, priority="interactive", **arguments))
     request = server.requests.get(timeout=WAIT_S)
     assert request.request_id == "me" and list(request.token_ids.ids) == [3, 4]
@@ -68,6 +89,7 @@ def test_every_argument_reaches_its_field(server, client):
     scheduling = request.scheduling
     assert (scheduling.priority, scheduling.tenant) == (generation_pb2.PRIORITY_CLASS_INTERACTIVE, "team-a")
     assert (scheduling.max_time_ms, scheduling.cache_salt) == (900, "s")
+    assert (scheduling.resume_window_ms, scheduling.whole_by_deadline) == (7, True)
     assert scheduling.on_timeout == generation_pb2.ON_TIMEOUT_RETURN_PARTIAL
 
 
@@ -188,10 +210,10 @@ def test_a_draining_server_is_not_an_unreachable_one(server, client):
     assert raised.value.message == "the server is draining"
 
 
-def test_nobody_at_the_target_is_named():
+def test_nobody_at_the_target_is_named(connect):
     with FakeServer() as server:
         target = server.target
-    with CarouselClient(target) as client:
+    with connect(target, retries=1) as client:
         with pytest.raises(ServerUnreachableError, match=target):
             list(client.generate("p"))
         with pytest.raises(ServerUnreachableError, match=target):
@@ -272,3 +294,147 @@ def test_wait_ready_gives_up_in_time(server, client):
 
 def test_a_message_of_ten_megabytes_passes(server, client):
     assert "".join(client.generate("p" * (10 << 20)).text()) == "abc"
+
+
+PAIRS = [(CarouselClient, AsyncCarouselClient), (Stream, AsyncStream), (GenerateStream, AsyncGenerateStream), (Many, AsyncMany)]
+
+
+@pytest.mark.parametrize(("blocking", "asynchronous"), PAIRS, ids=lambda kind: kind.__name__)
+def test_both_clients_have_the_same_methods_with_the_same_parameters(blocking, asynchronous):
+    def face(kind: type) -> dict[str, list[tuple[object, ...]]]:
+        public = {name: getattr(kind, name) for name in dir(kind) if not name.startswith("_")}
+        public |= {"__init__": kind.__init__} if kind in (CarouselClient, AsyncCarouselClient) else {}
+        methods = {name: inspect.signature(found) for name, found in public.items() if callable(found)}
+        return {
+            name: [
+                (parameter.name, parameter.kind, parameter.default, parameter.annotation)
+                for parameter in found.parameters.values()
+            ]
+            for name, found in methods.items()
+        }
+
+    assert face(blocking) == face(asynchronous)
+
+
+def test_the_whole_answer_is_put_together_where_it_is_wanted_so(server, client):
+    def script(request, context):
+        yield generation_pb2.GenerateResponse(delta=generation_pb2.Delta(token_ids=[9], text="p", is_prompt=True))
+        for offset, (index, text) in enumerate([(1, "x"), (0, "a"), (1, ""), (0, "b")]):
+            yield delta(text, offset // 2, index)
+        yield finished(1, generation_pb2.FINISH_REASON_STOP)
+        yield finished(0)
+        yield summary(request, 4)
+
+    server.script = script
+    result = client.generate("p", num_outputs=2, echo=True, request_id="me").result()
+    assert (result.text, result.token_ids, result.request_id) == ("ab", [1, 2], "me")
+    assert [(output.text, output.token_ids) for output in result.outputs] == [("ab", [1, 2]), ("x", [1, 2])]
+    assert result.outputs[0].prompt.text == "p" and result.outputs[1].prompt is None
+    assert result.outputs[1].finished.reason == generation_pb2.FINISH_REASON_STOP
+    assert result.summary.usage.output_tokens == 4
+
+
+@pytest.mark.parametrize("leave", ["close", "drop", "client", "error"])
+def test_a_request_that_outlives_its_stream_is_cancelled_by_its_id_when_it_is_left(server, connect, leave):
+    server.script = endless
+    with connect(server.target, resume_window_ms=30_000) as client:
+        stream = client.generate("p", request_id="left")
+        next(stream)
+        if leave == "close":
+            stream.close()
+        elif leave == "drop":
+            del stream
+        elif leave == "error":
+            with pytest.raises(AssertionError), stream:
+                raise AssertionError
+        if leave != "client":
+            assert server.cancels.get(timeout=WAIT_S) == "left"
+    if leave == "client":
+        assert server.cancels.get_nowait() == "left", "the server has heard of it when the client is closed"
+    assert server.cancels.empty(), "it is told once"
+
+
+def test_what_has_ended_and_what_ends_with_its_stream_is_not_cancelled_by_its_id(server, connect):
+    with connect(server.target, resume_window_ms=30_000, retries=0) as client:
+        list(client.generate("p"))
+        server.script = refuse(grpc.StatusCode.INTERNAL, "no")
+        with pytest.raises(CarouselError):
+            list(client.generate("p"))
+        server.script = endless
+        with client.generate("p", resume_window_ms=0) as stream:
+            next(stream)
+    assert server.cancels.empty()
+
+
+def test_a_message_is_sent_as_a_copy(server, client):
+    """The caller's own may be sent again, and is then another request."""
+    request = generation_pb2.GenerateRequest(text="p")
+    for _ in range(2):
+        list(client.stream(request))
+    sent = [server.requests.get(timeout=WAIT_S).request_id for _ in range(2)]
+    assert sent[0] != sent[1] and not request.request_id
+
+
+def test_the_window_is_not_asked_for_with_what_is_not_kept_for_it(server, connect):
+    with connect(server.target, resume_window_ms=30_000) as client:
+        for options in (dict(logprobs=0), dict(prompt_logprobs=1)):
+            list(client.generate("p", **options))
+            assert not server.requests.get(timeout=WAIT_S).scheduling.resume_window_ms
+        list(client.generate("p"))
+        assert server.requests.get(timeout=WAIT_S).scheduling.resume_window_ms == 30_000
+
+
+@pytest.mark.parametrize("wrong", [dict(retries=-1), dict(resume_window_ms=-1), dict(resume_window_ms=600_001)])
+def test_retries_and_window_have_bounds(connect, wrong):
+    with pytest.raises(ValueError, match=f"{next(iter(wrong))} must be"):
+        connect(**wrong)
+
+
+def test_the_most_that_a_window_may_be_is_the_servers():
+    from client.retries import MAX_RESUME_WINDOW_MS
+    from scheduler.frontend import validation
+
+    assert validation.MAX_RESUME_WINDOW_MS == MAX_RESUME_WINDOW_MS
+
+
+def test_an_asyncio_client_without_a_loop_says_so():
+    with pytest.raises(RuntimeError, match="no running event loop"):
+        AsyncCarouselClient()
+
+
+def test_a_task_that_is_cancelled_while_it_waits_for_a_token_ends_its_request(server):
+    waiting = threading.Event()
+
+    def hold(request, context):
+        yield delta("x")
+        context.add_callback(waiting.set)
+        waiting.wait(WAIT_S)
+
+    async def leave():
+        async with AsyncCarouselClient(server.target, resume_window_ms=30_000) as client:
+            stream = client.generate("p", request_id="slow")
+            await anext(stream)
+            with pytest.raises(TimeoutError):
+                await asyncio.wait_for(anext(stream), 0.1)
+            assert [event async for event in stream] == []
+
+    server.script = hold
+    run(leave())
+    assert server.cancels.get_nowait() == "slow" == server.dropped.get(timeout=WAIT_S)
+
+
+def test_many_streams_run_in_one_loop(server):
+    async def gather():
+        async with AsyncCarouselClient(server.target) as client:
+            results = await asyncio.gather(*(client.generate(f"prompt {i}").result() for i in range(8)))
+            return [result.text for result in results]
+
+    together = threading.Barrier(8, timeout=WAIT_S)
+
+    def script(request, context):
+        together.wait()  # only passes when all eight are under way at once
+        yield delta(request.text)
+        yield from ending(request, 1)
+
+    server.script = script
+    assert run(gather()) == [f"prompt {i}" for i in range(8)]

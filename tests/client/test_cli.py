@@ -15,6 +15,7 @@ import grpc
 import pytest
 
 import client.cli
+import client.request_options
 from carousel.v1 import generation_pb2
 from tests.helpers.fake_server import (
     WAIT_S,
@@ -219,8 +220,9 @@ def test_options_that_were_not_given_are_absent(server):
     request = server.requests.get(timeout=WAIT_S)
     groups = {"sampling", "stopping", "output", "scheduling"}
     assert {field.name for field, _ in request.ListFields()} <= {"request_id", "text", *groups}
-    for message in (request.sampling, request.stopping, request.output, request.scheduling):
+    for message in (request.sampling, request.stopping, request.output):
         assert message.ListFields() == []
+    assert request.scheduling == generation_pb2.SchedulingParams(resume_window_ms=30_000), "the client's own default"
 
 
 # --------------------------------------------------------------------------------------------------- ends of all kinds
@@ -236,6 +238,16 @@ def test_ctrl_c_cancels_the_request_and_exits_with_130(server):
     request_id = server.requests.get(timeout=WAIT_S).request_id
     assert server.dropped.get(timeout=WAIT_S) == request_id
     assert server.cancels.get(timeout=WAIT_S) == request_id
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_who_ends_the_process_ends_its_request(server, number):
+    server.script = Gate()
+    with start(server, "--prompt", "p") as process:
+        assert process.stdout.read(4) == b"one "
+        process.send_signal(number)
+        assert process.wait(WAIT_S) == 128 + number
+    assert server.cancels.get(timeout=WAIT_S) == server.requests.get(timeout=WAIT_S).request_id
 
 
 def test_a_closed_pipe_cancels_the_request_without_a_word(server):
@@ -300,7 +312,15 @@ def test_a_broken_stream_keeps_the_text_and_fails(server):
     server.script = script
     done = generate(server, "--prompt", "p")
     assert (done.returncode, done.stdout) == (1, b"half ")
-    assert done.stderr == f"carousel: the connection to {server.target} broke: the worker is gone (UNAVAILABLE)\n".encode()
+    said = f"the connection to {server.target} broke: the worker is gone; it could not be resumed: Method not implemented!"
+    assert done.stderr == f"carousel: {said} (UNAVAILABLE)\n".encode()
+
+
+def test_a_busy_server_is_asked_again_where_that_is_wanted(server):
+    refusals = iter([refuse(grpc.StatusCode.RESOURCE_EXHAUSTED, "the queue is full", retry_after(0, 1)), words("a")])
+    server.script = lambda request, context: next(refusals)(request, context)
+    done = generate(server, "--prompt", "p", "--retries", "1")
+    assert (done.returncode, done.stdout, done.stderr) == (0, b"a", b"")
 
 
 WRONG_USAGE = [
@@ -390,7 +410,7 @@ def test_serve_has_the_schedulers_options_and_their_limits():
 def test_the_most_outputs_are_the_servers():
     from scheduler.frontend.validation import MAX_OUTPUTS
 
-    assert client.cli._MOST_OUTPUTS == MAX_OUTPUTS
+    assert client.request_options.MOST_OUTPUTS == MAX_OUTPUTS
 
 
 def test_nothing_but_the_client_is_imported():

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import grpc
 import pytest
@@ -16,7 +17,8 @@ import pytest
 import client.cli
 from client import CarouselClient, CarouselError
 from tests.helpers.certificates import Authority
-from tests.helpers.fake_server import WAIT_S, FakeServer, refuse, words
+from tests.helpers.driven import DrivenClient
+from tests.helpers.fake_server import WAIT_S, FakeServer, delta, refuse, words
 
 REPO = Path(__file__).parents[2]
 TOKEN = "carousel_0123456789"
@@ -33,6 +35,11 @@ class Guarded(FakeServer):
         self._hear(context)
         yield from words("a", "b")(request, context)
 
+    def endless(self, request, context):
+        self._hear(context)
+        while context.is_active():
+            yield delta("x")
+
     def GetBlockTables(self, request, context):
         self._hear(context)
         return super().GetBlockTables(request, context)
@@ -40,6 +47,25 @@ class Guarded(FakeServer):
     def GenerateMany(self, request_iterator, context):
         self._hear(context)
         yield from ()
+
+    def WatchSteps(self, request, context):
+        self._hear(context)
+        yield from ()
+
+    def WatchLoad(self, request, context):
+        self._hear(context)
+        yield from ()
+
+    def Resume(self, request, context):
+        self._hear(context)
+        context.abort(grpc.StatusCode.NOT_FOUND, "no such request is kept")
+
+    def Cancel(self, request, context):
+        self._hear(context)
+        return super().Cancel(request, context)
+
+    def add_port(self, credentials: grpc.ServerCredentials) -> int:
+        return self._server.add_secure_port("127.0.0.1:0", credentials)
 
     def _hear(self, context: grpc.ServicerContext) -> None:
         self.heard.append(dict(context.invocation_metadata()).get("authorization"))
@@ -56,19 +82,46 @@ def command(*arguments: str, **environment: str) -> subprocess.CompletedProcess[
     return subprocess.run(words, cwd=REPO, env=os.environ | environment, capture_output=True, text=True, timeout=WAIT_S)
 
 
-def test_the_token_goes_with_calls_of_every_kind(server: Guarded) -> None:
-    with CarouselClient(server.target, token=TOKEN) as client:
+BOTH = pytest.mark.parametrize("connect", [CarouselClient, DrivenClient], ids=["blocking", "asyncio"])
+
+
+@BOTH
+def test_the_token_goes_with_calls_of_every_kind(server: Guarded, connect: Any) -> None:
+    with connect(server.target, token=TOKEN) as client:
         list(client.generate("p"))
         client.block_tables()
         with client.generate_many() as many:
             many.finish()
             assert list(many) == []
+        list(client.watch_steps())
+        list(client.watch_load())
+        with pytest.raises(CarouselError):
+            list(client.resume("r"))
+        server.script = server.endless
+        with client.generate("p") as stream:
+            next(stream)
         client.wait_ready()
-    assert server.heard == [f"Bearer {TOKEN}"] * 3
+    assert server.heard == [f"Bearer {TOKEN}"] * 8
 
 
-def test_without_a_token_none_is_sent(server: Guarded) -> None:
-    with CarouselClient(server.target) as client:
+@BOTH
+def test_calls_are_encrypted_and_large_messages_pass(tmp_path: Path, connect: Any) -> None:
+    authority = Authority(tmp_path, "ours")
+    own = authority.vouch_for("127.0.0.1")
+    pair = [(own.key.read_bytes(), own.certificate.read_bytes())]
+    ours = authority.file.read_bytes()
+    credentials = grpc.ssl_server_credentials(pair, root_certificates=ours, require_client_auth=True)
+    files = {"tls_ca": authority.file, "tls_cert": own.certificate, "tls_key": own.key}
+    server = Guarded()
+    target = f"127.0.0.1:{server.add_port(credentials)}"
+    with server, connect(target, token=TOKEN, **files) as client:
+        assert client.generate("p" * (10 << 20)).result().text == "ab"
+    assert server.heard == [f"Bearer {TOKEN}"]
+
+
+@BOTH
+def test_without_a_token_none_is_sent(server: Guarded, connect: Any) -> None:
+    with connect(server.target) as client:
         list(client.generate("p"))
     assert server.heard == [None]
 

@@ -1,9 +1,10 @@
-"""`carousel policy`, `requests`, `explain` and `blocks` against a real gRPC server that says what the test wants."""
+"""`carousel policy`, `load`, `requests` and so on against a real gRPC server that says what the test wants."""
 
 from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -45,6 +46,50 @@ def test_policy_says_which_one_is_in_force_and_changes_it(server, say):
 
 def test_an_unknown_policy_is_one_line(say):
     assert say("policy", "fifo", code=1) == ["carousel: policy is not changed: unknown policy 'fifo' (INVALID_ARGUMENT)"]
+
+
+def test_the_load_is_a_table(say):
+    lines = [" ".join(line.split()) for line in say("load")]
+    assert "requests 0 running, 0 waiting with 0 tokens" in lines
+    assert "blocks 0 held, 0 retiring, 0 cached, 10 free, of 10" in lines
+    assert json.loads(say("load", "--json")[0])["free_blocks"] == 10
+
+
+def test_a_watched_load_is_a_line_a_message(server, say):
+    heading, *lines = say("load", "--watch")
+    assert heading.split()[:5] == ["RUNNING", "WAITING", "HELD", "CACHED", "FREE"]
+    assert [line.split()[4:7] for line in lines] == [["10", "0.0%", str(steps)] for steps in range(3)]
+    assert not server.watched.get().HasField("interval_ms"), "the server's default holds"
+    assert [json.loads(line)["steps"] for line in say("load", "--watch", "--json", "--interval", "0.25")] == ["0", "1", "2"]
+    assert server.watched.get().interval_ms == 250
+
+
+@pytest.mark.parametrize("arguments", [("--interval", "2"), ("--watch", "--interval", "0"), ("--watch", "--interval", "61")])
+def test_an_interval_out_of_range_or_without_watch_is_wrong_usage(arguments, say):
+    [line] = say("load", *arguments, code=2)
+    assert "--interval" in line
+
+
+def test_ctrl_c_ends_a_watch(server):
+    server.watch_goes_on = True
+    command = [sys.executable, "-m", "client", "load", "--watch", "--target", server.target]
+    with subprocess.Popen(command, cwd=REPO, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() and process.stdout.readline()
+        process.send_signal(signal.SIGINT)
+        assert process.communicate(timeout=WAIT_S)[1] == b"" and process.returncode == 130
+
+
+@pytest.mark.parametrize(
+    ("alive", "words"), [(0, "no request is alive"), (1, "1 request is alive"), (7, "7 requests are alive")]
+)
+def test_drain_says_how_many_are_alive_and_by_when_they_are_over(alive, words, server, say):
+    server.live_requests = alive
+    assert say("drain") == [f"draining: {words}; ends within 4.20 s"]
+    assert not server.drained.get().HasField("timeout_ms"), "the server's own time holds"
+    assert json.loads(say("drain", "--timeout", "0", "--json")[0]) == {"live_requests": alive, "left_ms": "4200"}
+    asked = server.drained.get()
+    assert asked.HasField("timeout_ms") and asked.timeout_ms == 0
 
 
 def summaries(count: int) -> list[control_pb2.RequestSummary]:
@@ -228,7 +273,7 @@ def test_blocks_are_counted_and_shown_by_table(server, say):
 def test_nobody_at_the_target_is_one_line(capsys):
     with FakeServer() as gone:
         target = gone.target
-    for command in (["policy"], ["requests"], ["explain", "x"], ["blocks"]):
+    for command in (["policy"], ["requests"], ["explain", "x"], ["blocks"], ["load"], ["load", "--watch"], ["drain"]):
         assert client.cli.main([*command, "--target", target]) == 1
         line = capsys.readouterr().err
         assert line.count("\n") == 1 and f"no server answers at {target}" in line

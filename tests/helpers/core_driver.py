@@ -51,6 +51,7 @@ class Tracked:
     output_index: int = 0
     deadline_ns: int = 0
     siblings: list[Tracked] = field(default_factory=list)  # all outputs of the request, itself too
+    is_kept: bool = False  # it has a resume window: its tokens come once more with its end
 
     @property
     def over(self) -> bool:
@@ -93,7 +94,8 @@ class CoreDriver:
         partial: bool = False,
         whole: bool = False,
     ) -> Tracked | Refused:
-        """salt: None keeps the request away from the prefix cache. With several outputs, the first one is returned."""
+        """salt: None keeps the request away from the prefix cache. With several outputs, the first one is returned.
+        Every second request has a resume window."""
         now = self._pass_time()
         number = self.num_accepted + self.num_refused
         handle = self._next_handle if handle is None else handle
@@ -112,6 +114,7 @@ class CoreDriver:
             deadline_ns=deadline_ns,
             partial_at_deadline=partial,
             whole_by_deadline=whole,
+            resume_window_ms=1 if number % 2 else 0,
         )
         refused = self.core.add(self._hashed(AddRequest(header, np.array(prompt, np.int32)), salt), frontend, now)
         if refused is not None:
@@ -127,6 +130,7 @@ class CoreDriver:
                 frontend, handle + index, request_id, len(self.requests), list(prompt), max_tokens, room, sampling, expected
             )
             tracked.output_index, tracked.deadline_ns, tracked.siblings = index, deadline_ns, siblings
+            tracked.is_kept = header.resume_window_ms > 0
             siblings.append(tracked)
             self.requests.append(tracked)
         self.check()
@@ -366,8 +370,12 @@ class CoreDriver:
             assert len(set(handles)) == len(handles) == len(batch.tokens), "at most one token per handle"
             for handle, token in zip(handles, batch.tokens.tolist(), strict=True):
                 self._hear_token(self._waiting_for(output.frontend, handle), token)
+            kept = {handle: tokens.tolist() for handle, tokens in output.kept}
             for end in batch.header.ended:
-                self._hear_end(self._waiting_for(output.frontend, end.handle), end)
+                request = self._waiting_for(output.frontend, end.handle)
+                self._hear_end(request, end)
+                assert kept.pop(end.handle, None) == (request.got[: end.stats.output_tokens] if request.is_kept else None)
+            assert not kept, "tokens of what has not ended"
         self.check()
 
     def _waiting_for(self, frontend: int, handle: int) -> Tracked:

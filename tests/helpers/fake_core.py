@@ -33,6 +33,8 @@ from wire import (
     CancelQuery,
     CancelReply,
     Credit,
+    DrainQuery,
+    DrainReply,
     EndReason,
     ExplainQuery,
     ExplainReply,
@@ -351,6 +353,10 @@ class FakeCore:
                 self.facts = msgspec.structs.replace(self.facts, policy=policy if known else self.facts.policy)
                 error = "" if known else f"unknown policy {policy!r}: choose one of {', '.join(self.policies)}"
                 self._send(peer, SetPolicyReply(query_id, self.facts.policy, error))
+            case DrainQuery(query_id=query_id):
+                self.facts = msgspec.structs.replace(self.facts, ready=False, draining=True, reason="the server is draining")
+                self._send(peer, self.facts)
+                self._send(peer, DrainReply(query_id, len(self._outputs), 9_000_000_000))
             case ExplainQuery(query_id=query_id, request_id=request_id):
                 self._send(peer, ExplainReply(query_id, self.explanations.get(request_id)))
             case ListQuery(query_id=query_id, after=after, limit=limit):

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import queue
+import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Self
@@ -107,6 +108,10 @@ class FakeServer(generation_pb2_grpc.GenerationServicer, control_pb2_grpc.Contro
         self.alive: list[control_pb2.RequestSummary] = []
         self.explanations: dict[str, control_pb2.ExplainRequestResponse] = {}  # by request_id
         self.explained: queue.Queue[control_pb2.ExplainRequestRequest] = queue.Queue()
+        self.watched: queue.Queue[control_pb2.WatchLoadRequest] = queue.Queue()
+        self.drained: queue.Queue[control_pb2.DrainRequest] = queue.Queue()
+        self.watch_goes_on = False  # a watch of the load ends after three messages
+        self.live_requests = 0  # that Drain tells of
         self.tables = inspect_pb2.GetBlockTablesResponse()
         self.health = health.HealthServicer()
         options = [("grpc.so_reuseport", 0), ("grpc.max_receive_message_length", 64 << 20)]
@@ -157,6 +162,19 @@ class FakeServer(generation_pb2_grpc.GenerationServicer, control_pb2_grpc.Contro
 
     def GetLoad(self, request, context):
         return control_pb2.GetLoadResponse(total_blocks=10, free_blocks=10)
+
+    def WatchLoad(self, request, context):
+        self.watched.put(request)
+        for steps in range(3):
+            yield control_pb2.WatchLoadResponse(load=control_pb2.GetLoadResponse(total_blocks=10, free_blocks=10, steps=steps))
+        if self.watch_goes_on:
+            gone = threading.Event()
+            context.add_callback(gone.set)
+            gone.wait(WAIT_S)
+
+    def Drain(self, request, context):
+        self.drained.put(request)
+        return control_pb2.DrainResponse(live_requests=self.live_requests, left_ms=4_200)
 
     def SetPolicy(self, request, context):
         if request.policy not in ("continuous", "prefill_first", "static"):

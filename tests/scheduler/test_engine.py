@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import time
@@ -24,6 +25,8 @@ from wire import (
     CancelQuery,
     CancelReply,
     Credit,
+    DrainQuery,
+    DrainReply,
     EndReason,
     ExplainQuery,
     ExplainReply,
@@ -527,6 +530,50 @@ def test_draining_finishes_what_was_accepted_and_exits(engine: EngineProcess, fr
     assert isinstance(refused, Refused) and refused.code == "UNAVAILABLE"
     run_steps(worker, 2)
     assert [end.reason for end in ended(frontend.until(is_end))] == [EndReason.LENGTH]
+    assert engine.process.wait(20) == 0
+
+
+def test_drain_is_answered_with_those_alive_and_ends_as_sigterm_does(engine: EngineProcess, frontend: Dealer) -> None:
+    worker = HandWorker(engine, SimExecutor(FACTS))
+    frontend.until(lambda message: isinstance(message, Facts) and message.ready)
+    frontend.send(request(1, [1, 2, 3], 3))
+    run_steps(worker, 1)
+    frontend.send(DrainQuery(5, -1))
+    before = frontend.until(lambda message: isinstance(message, DrainReply))
+    assert any(isinstance(message, Facts) and message.draining for message in before), "whoever asked knows that it drains"
+    reply = before[-1]
+    assert isinstance(reply, DrainReply) and (reply.query_id, reply.num_requests) == (5, 1)
+    assert 0 < reply.left_ns <= 10 * 1_000_000_000, "the engine's own drain timeout"
+    assert os.read(engine.status, 64) == b"ready\ndraining\n", "the supervisor hears of it"
+    frontend.send(request(2, [1, 2, 3], 3))
+    refused = frontend.until(lambda message: isinstance(message, Refused))[-1]
+    assert isinstance(refused, Refused) and refused.code == "UNAVAILABLE" and refused.retry_after_ns > 0
+    run_steps(worker, 2)
+    assert [end.reason for end in ended(frontend.until(is_end))] == [EndReason.LENGTH]
+    assert engine.process.wait(20) == 0
+
+
+def test_an_idle_core_answers_drain_before_it_goes(engine: EngineProcess, frontend: Dealer) -> None:
+    frontend.send(DrainQuery(6, 0))
+    reply = frontend.until(lambda message: isinstance(message, DrainReply))[-1]
+    assert reply == DrainReply(6, 0, 0)
+    assert engine.process.wait(20) == 0
+
+
+def test_drain_again_can_only_leave_less_time(engine: EngineProcess, frontend: Dealer) -> None:
+    worker = HandWorker(engine, SimExecutor(FACTS))
+    frontend.until(lambda message: isinstance(message, Facts) and message.ready)
+    frontend.send(request(1, [1, 2, 3], 400))
+    run_steps(worker, 1)
+    left = []
+    for timeout_ms in (2**31, 5_000, 8_000, -1):
+        frontend.send(DrainQuery(7, timeout_ms))
+        reply = frontend.until(lambda message: isinstance(message, DrainReply))[-1]
+        assert isinstance(reply, DrainReply) and reply.num_requests == 1
+        left.append(reply.left_ns / 1e9)
+    assert 5 < left[0] <= 10 and all(0 < each <= 5 for each in left[1:])
+    frontend.send(DrainQuery(8, 0))
+    assert [end.reason for end in ended(frontend.until(is_end))] == [EndReason.UNAVAILABLE]
     assert engine.process.wait(20) == 0
 
 

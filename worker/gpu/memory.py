@@ -69,7 +69,8 @@ def measure(model: Model, shape: ModelConfig, config: WorkerConfig, dtype: torch
     torch.cuda.empty_cache()
     free, total = torch.cuda.mem_get_info(device)
     width = -(-shape.max_model_len // config.block_size)
-    state = DeviceState(config.max_batch_rows, width, shape.vocab_size, device)
+    rows, tokens = config.limits(device.type)
+    state = DeviceState(rows, width, shape.vocab_size, device)
     before = torch.cuda.memory_allocated(device)
     torch.cuda.reset_peak_memory_stats(device)
     try:
@@ -77,7 +78,7 @@ def measure(model: Model, shape: ModelConfig, config: WorkerConfig, dtype: torch
     except torch.OutOfMemoryError:
         raise SizingError(
             f"{format_bytes(free)} of the GPU's {format_bytes(total)} are free with the weights loaded, too little for a step "
-            f"of {config.max_step_tokens:,} tokens: lower --max-step-tokens or --max-batch-rows"
+            f"of {tokens:,} tokens: lower --max-step-tokens or --max-batch-rows"
         ) from None
     peak = torch.cuda.max_memory_allocated(device) - before
     budget = Budget(total, free, peak - kept, state.num_bytes)
@@ -90,10 +91,9 @@ def measure(model: Model, shape: ModelConfig, config: WorkerConfig, dtype: torch
 def _largest_step(
     model: Model, shape: ModelConfig, config: WorkerConfig, dtype: torch.dtype, device: torch.device, state: DeviceState
 ) -> int:
-    """Computes max_step_tokens tokens and draws for max_batch_rows. Returns the bytes of the small cache."""
-    count = np.diff(
-        np.minimum(np.arange(0, config.max_step_tokens + shape.max_model_len, shape.max_model_len), config.max_step_tokens)
-    )
+    """Computes the tokens of the largest step and draws for all rows. Returns the bytes of the small cache."""
+    num_rows, tokens = config.limits(device.type)
+    count = np.diff(np.minimum(np.arange(0, tokens + shape.max_model_len, shape.max_model_len), tokens))
     blocks = -(-count // config.block_size)
     kv = KVStorage(shape.num_layers, int(blocks.sum()), shape.num_kv_heads, config.block_size, shape.head_dim, dtype, device)
     tables = np.zeros((len(count), int(blocks.max())), np.int32)
@@ -105,7 +105,7 @@ def _largest_step(
     inputs = AttentionInputs.of(query_start, count.astype(np.int32), tables, slots, device)
     positions_T = torch.from_numpy(positions).to(device)
     hidden_TC = model.forward(torch.zeros_like(positions_T), positions_T, TritonPagedAttention(), kv, inputs)
-    drawing_N = torch.zeros(config.max_batch_rows, dtype=torch.int64, device=device)
+    drawing_N = torch.zeros(num_rows, dtype=torch.int64, device=device)
     logits_NV = model.logits(hidden_TC[drawing_N])
     slots_N = torch.full_like(drawing_N, state.dump, dtype=torch.int32)
     draw(logits_NV, state, slots_N, torch.ones_like(slots_N), None)

@@ -22,15 +22,15 @@ def load() -> str:
     """What was loaded, in words; empty: no triton here."""
     global _loaded, _interpreted
     # A submodule that is imported takes its name here; these lines then give the name to its function.
-    global add_layer_norm, add_rms_norm, embedding, layer_norm, plain_layer_norm, rms_norm, silu_and_mul
+    global add_layer_norm, add_rms_norm, layer_norm, log_sum_exp, plain_layer_norm, rms_norm, silu_and_mul
     global norm_rotate_and_write, rotate_and_write, write_kv
     try:
         import triton
     except ImportError:
         return ""
-    from worker.kernels.embedding import embedding
     from worker.kernels.layer_norm import add_layer_norm, layer_norm, plain_layer_norm
     from worker.kernels.rms_norm import add_rms_norm, rms_norm
+    from worker.kernels.sampling.log_sum_exp import log_sum_exp
     from worker.kernels.silu_and_mul import silu_and_mul
     from worker.kernels.write_kv import norm_rotate_and_write, rotate_and_write, write_kv
 

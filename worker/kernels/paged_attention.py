@@ -168,11 +168,11 @@ def paged_attention_kernel(
     q_offset = (token_m * tl.multiple_of(q_stride, 16) + head * HEAD_DIM)[:, None] + d[None, :]
     q = tl.load(q_ptr + q_offset, mask=own, other=0.0)
 
-    # Query i of n sees context_len - n + i + 1 tokens. Rows of the product past the tile's end count as its last query.
+    # Query i of n sees context_len - n + i + 1 tokens. Rows of the product past the tile's end see zeros, and are not stored.
     end = tl.minimum(first + BLOCK_Q, num_queries)
     before = context_len - num_queries
     most, least = before + end, before + first + 1
-    seen_m = tl.minimum(before + nth + 1, most)
+    seen_m = before + nth + 1
     begin_tile = 0
     if WINDOWED:
         begin_tile = tl.maximum(least - window, 0) // TILE

@@ -16,8 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-_BLOCK = 256
-_TABLE_BLOCK = 1024
+BLOCK = 256
+TABLE_BLOCK = 1024
 
 
 @triton.jit(do_not_specialize=["count"])
@@ -70,7 +70,7 @@ def write_tables(places_G: Tensor, blocks_G: Tensor, tables_SW: Tensor) -> None:
     assert tables_SW.is_contiguous() and places_G.shape == blocks_G.shape and tables_SW.numel() < 1 << 31
     count = len(places_G)
     if count:
-        write_tables_kernel[(triton.cdiv(count, _BLOCK),)](places_G, blocks_G, tables_SW, count, BLOCK=_BLOCK)
+        write_tables_kernel[(triton.cdiv(count, BLOCK),)](places_G, blocks_G, tables_SW, count, BLOCK=BLOCK)
 
 
 def prepare_tokens(
@@ -81,7 +81,7 @@ def prepare_tokens(
     assert ids_T.shape == positions_T.shape == slots_T.shape
     count = len(ids_T)
     out = torch.empty(3, count, dtype=torch.int64, device=ids_T.device)
-    tokens_kernel[(triton.cdiv(count, _BLOCK),)](
+    tokens_kernel[(triton.cdiv(count, BLOCK),)](
         ids_T,
         positions_T,
         slots_T,
@@ -93,7 +93,7 @@ def prepare_tokens(
         count,
         tables_SW.shape[1],
         BLOCK_SIZE=block_size,
-        BLOCK=_BLOCK,
+        BLOCK=BLOCK,
     )
     return out[0], out[1], out[2]
 
@@ -102,6 +102,6 @@ def gather_tables(slots_R: Tensor, tables_SW: Tensor, width: int) -> Tensor:
     """The first `width` columns of these slots' tables, [R, width] int32."""
     assert slots_R.dtype == tables_SW.dtype == torch.int32 and 0 < width <= tables_SW.shape[1]
     out_RW = torch.empty(len(slots_R), width, dtype=torch.int32, device=slots_R.device)
-    grid = (len(slots_R), triton.cdiv(width, _TABLE_BLOCK))
-    gather_tables_kernel[grid](slots_R, tables_SW, out_RW, tables_SW.shape[1], width, BLOCK=_TABLE_BLOCK)
+    grid = (len(slots_R), triton.cdiv(width, TABLE_BLOCK))
+    gather_tables_kernel[grid](slots_R, tables_SW, out_RW, tables_SW.shape[1], width, BLOCK=TABLE_BLOCK)
     return out_RW

@@ -12,14 +12,14 @@ from typing import Any
 
 import triton
 
+from worker.kernels import prepare
 from worker.kernels.block_copy import copy_blocks_kernel, gather_blocks_kernel, move_constants, scatter_blocks_kernel
-from worker.kernels.embedding import embedding_kernel
 from worker.kernels.heuristics import AttentionConfig, Gpu, decode_config, prefill_config
 from worker.kernels.layer_norm import add_layer_norm_kernel, layer_norm_kernel
 from worker.kernels.merge_splits import merge_constants, merge_splits_kernel
 from worker.kernels.paged_attention import paged_attention_kernel
 from worker.kernels.rms_norm import add_rms_norm_kernel, rms_norm_kernel, tiles
-from worker.kernels.sampling import adjust, best, draw, filters, logprobs
+from worker.kernels.sampling import adjust, best, draw, filters, log_sum_exp
 from worker.kernels.sampling.order import BLOCK, PARTS
 from worker.kernels.silu_and_mul import silu_and_mul_kernel
 from worker.kernels.write_kv import (
@@ -67,7 +67,7 @@ class Variant:
 def variants(gpu: Gpu) -> list[Variant]:
     rows = [row for model, shape in SHAPES.items() for row in attention_variants(model, shape, gpu)]
     rows += block_variants(SHAPES["llama-3-8b"])
-    rows += [*layer_variants(), *cache_variants(), *sampling_variants()]
+    rows += [*layer_variants(), *cache_variants(), *sampling_variants(), *prepare_variants()]
     assert len(rows) <= 40 and len({row.name for row in rows}) == len(rows)
     return rows
 
@@ -149,7 +149,6 @@ def layer_variants() -> Iterator[Variant]:
             num_warps = constants.pop("num_warps")
             yield _small(f"{name} {size}", kernel, constants, num_warps)
     yield _small("silu_and_mul", silu_and_mul_kernel, {"BLOCK": 1024}, 4)
-    yield _small("embedding", embedding_kernel, {"BLOCK": 1024}, 4)
 
 
 def cache_variants() -> Iterator[Variant]:
@@ -168,8 +167,21 @@ def sampling_variants() -> Iterator[Variant]:
     yield _small("best", best.best_kernel, parts, 4)
     yield _small("gather", filters.gather_kernel, parts | near, 8)
     yield _small("filter", filters.filter_kernel, near | {"SEARCH_BLOCK": filters.SEARCH_BLOCK}, 16)
-    yield _small("draw", draw.draw_kernel, parts, 4)
+    yield _small("draw", draw.draw_kernel, parts, 4, position_ptr="*i32")
     yield _small("finish", draw.finish_kernel, {"PARTS": PARTS}, 1, slots_ptr="*i32")
     yield _small("adjust", adjust.adjust_kernel, {"BLOCK": BLOCK, "LISTED": adjust.LISTED}, 4)
-    yield _small("sums for logprobs", logprobs.part_sums_kernel, parts, 4)
-    yield _small("logprobs", logprobs.logprob_kernel, {"PARTS": PARTS}, 1)
+    yield _small("sums for logprobs", log_sum_exp.part_sums_kernel, parts, 4)
+    yield _small("logprobs", log_sum_exp.log_sum_exp_kernel, {"PARTS": PARTS}, 1, out_ptr="*fp32")
+
+
+def prepare_variants() -> Iterator[Variant]:
+    tables = {"tables_ptr": "*i32", "table_stride": "i32", "count": "i32", "width": "i32"}
+    yield _small("write tables", prepare.write_tables_kernel, {"BLOCK": prepare.BLOCK}, 4, **_INTEGERS, **tables)
+    constants = {"BLOCK_SIZE": BLOCK_SIZE, "BLOCK": prepare.BLOCK}
+    types = _INTEGERS | tables | dict.fromkeys(("out_ids_ptr", "out_positions_ptr", "slot_mapping_ptr"), "*i64")
+    yield _small("tokens", prepare.tokens_kernel, constants, 4, **types)
+    types = _INTEGERS | tables | {"out_ptr": "*i32"}
+    yield _small("gather tables", prepare.gather_tables_kernel, {"BLOCK": prepare.TABLE_BLOCK}, 4, **types)
+
+
+_INTEGERS = dict.fromkeys(("places_ptr", "blocks_ptr", "positions_ptr", "slots_ptr"), "*i32")

@@ -70,8 +70,9 @@ class Layer(nn.Module):
 
     def forward(self, hidden_TC: Tensor, attention: AttentionBackend, kv_layer: Tensor, inputs: AttentionInputs) -> Tensor:
         if self.norm_before:
-            hidden_TC = hidden_TC.add_(self.attention(self.attention_norm(hidden_TC), attention, kv_layer, inputs))
-            return hidden_TC.add_(self.mlp(self.mlp_norm(hidden_TC)))
+            attended_TC = self.attention(self.attention_norm(hidden_TC), attention, kv_layer, inputs)
+            hidden_TC, normed_TC = self.mlp_norm.add(hidden_TC, attended_TC)
+            return hidden_TC.add_(self.mlp(normed_TC))
         hidden_TC = self.attention_norm(hidden_TC.add_(self.attention(hidden_TC, attention, kv_layer, inputs)))
         return self.mlp_norm(hidden_TC.add_(self.mlp(hidden_TC)))
 

@@ -49,6 +49,11 @@ class ControlStub:
                 request_serializer=carousel_dot_v1_dot_control__pb2.GetLoadRequest.SerializeToString,
                 response_deserializer=carousel_dot_v1_dot_control__pb2.GetLoadResponse.FromString,
                 _registered_method=True)
+        self.WatchLoad = channel.unary_stream(
+                '/carousel.v1.Control/WatchLoad',
+                request_serializer=carousel_dot_v1_dot_control__pb2.WatchLoadRequest.SerializeToString,
+                response_deserializer=carousel_dot_v1_dot_control__pb2.WatchLoadResponse.FromString,
+                _registered_method=True)
         self.ListRequests = channel.unary_unary(
                 '/carousel.v1.Control/ListRequests',
                 request_serializer=carousel_dot_v1_dot_control__pb2.ListRequestsRequest.SerializeToString,
@@ -63,6 +68,11 @@ class ControlStub:
                 '/carousel.v1.Control/SetPolicy',
                 request_serializer=carousel_dot_v1_dot_control__pb2.SetPolicyRequest.SerializeToString,
                 response_deserializer=carousel_dot_v1_dot_control__pb2.SetPolicyResponse.FromString,
+                _registered_method=True)
+        self.Drain = channel.unary_unary(
+                '/carousel.v1.Control/Drain',
+                request_serializer=carousel_dot_v1_dot_control__pb2.DrainRequest.SerializeToString,
+                response_deserializer=carousel_dot_v1_dot_control__pb2.DrainResponse.FromString,
                 _registered_method=True)
 
 
@@ -90,6 +100,13 @@ class ControlServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def WatchLoad(self, request, context):
+        """The same time and again, the first at once. A slow reader misses some, and is never given old ones.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def ListRequests(self, request, context):
         """The requests that are alive, by arrival, page by page.
         """
@@ -106,6 +123,14 @@ class ControlServicer:
 
     def SetPolicy(self, request, context):
         """Another scheduling policy from the next step on; no request is lost. INVALID_ARGUMENT: there is no such policy.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Drain(self, request, context):
+        """Ends the server as SIGTERM does: no new requests (health NOT_SERVING, UNAVAILABLE), those alive run to their end, then all
+        its processes exit. Answers at once. May be called again, with less time too.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -129,6 +154,11 @@ def add_ControlServicer_to_server(servicer, server):
                     request_deserializer=carousel_dot_v1_dot_control__pb2.GetLoadRequest.FromString,
                     response_serializer=carousel_dot_v1_dot_control__pb2.GetLoadResponse.SerializeToString,
             ),
+            'WatchLoad': grpc.unary_stream_rpc_method_handler(
+                    servicer.WatchLoad,
+                    request_deserializer=carousel_dot_v1_dot_control__pb2.WatchLoadRequest.FromString,
+                    response_serializer=carousel_dot_v1_dot_control__pb2.WatchLoadResponse.SerializeToString,
+            ),
             'ListRequests': grpc.unary_unary_rpc_method_handler(
                     servicer.ListRequests,
                     request_deserializer=carousel_dot_v1_dot_control__pb2.ListRequestsRequest.FromString,
@@ -143,6 +173,11 @@ def add_ControlServicer_to_server(servicer, server):
                     servicer.SetPolicy,
                     request_deserializer=carousel_dot_v1_dot_control__pb2.SetPolicyRequest.FromString,
                     response_serializer=carousel_dot_v1_dot_control__pb2.SetPolicyResponse.SerializeToString,
+            ),
+            'Drain': grpc.unary_unary_rpc_method_handler(
+                    servicer.Drain,
+                    request_deserializer=carousel_dot_v1_dot_control__pb2.DrainRequest.FromString,
+                    response_serializer=carousel_dot_v1_dot_control__pb2.DrainResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -237,6 +272,33 @@ class Control:
             _registered_method=True)
 
     @staticmethod
+    def WatchLoad(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/carousel.v1.Control/WatchLoad',
+            carousel_dot_v1_dot_control__pb2.WatchLoadRequest.SerializeToString,
+            carousel_dot_v1_dot_control__pb2.WatchLoadResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
     def ListRequests(request,
             target,
             options=(),
@@ -307,6 +369,33 @@ class Control:
             '/carousel.v1.Control/SetPolicy',
             carousel_dot_v1_dot_control__pb2.SetPolicyRequest.SerializeToString,
             carousel_dot_v1_dot_control__pb2.SetPolicyResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Drain(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/carousel.v1.Control/Drain',
+            carousel_dot_v1_dot_control__pb2.DrainRequest.SerializeToString,
+            carousel_dot_v1_dot_control__pb2.DrainResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -469,7 +469,11 @@ class SchedulingParams(_message.Message):
     token is needed, and then only a tenant's own requests share any; else none.
     """
     resume_window_ms: _builtins.int
-    """Milliseconds that the request goes on after its stream dropped, to be attached again. Default 0: a drop cancels."""
+    """Milliseconds that the request goes on after its stream dropped, for Resume to attach to it; so long it is also kept after
+    its end, or its last Resume. Of use with a request_id of the caller's own. 0 to 600,000. Default 0: a drop cancels. With
+    more, only Cancel ends it at once, not the reset of its stream, and as long as nobody reads it no stop string is looked for.
+    Not together with logprobs or prompt_logprobs (UNIMPLEMENTED): they are not kept.
+    """
     whole_by_deadline: _builtins.bool
     """Refuse at once what can't have all its max_tokens in time, not only its first one.
     Default: true with FAIL where the length is known (ignore_eos, max_tokens, nothing to stop at), else false.
@@ -819,6 +823,62 @@ class Timing(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Timing: _TypeAlias = Timing  # noqa: Y015
+
+@_typing.final
+class ResumeRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    OUTPUTS_FIELD_NUMBER: _builtins.int
+    request_id: _builtins.str
+    """The request to attach to; 1 to 128 characters. Only the tenant that began it finds it."""
+    @_builtins.property
+    def outputs(self) -> _containers.RepeatedCompositeFieldContainer[Global___OutputOffset]:
+        """What the caller already has, each output at most once. An output not named here is sent from its start, its echoed prompt
+        included; naming one, if with offsets of 0 only, says that its echoed prompt has come.
+        """
+
+    def __init__(
+        self,
+        *,
+        request_id: _builtins.str = ...,
+        outputs: _abc.Iterable[Global___OutputOffset] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["outputs", b"outputs", "request_id", b"request_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ResumeRequest: _TypeAlias = ResumeRequest  # noqa: Y015
+
+@_typing.final
+class OutputOffset(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    OUTPUT_INDEX_FIELD_NUMBER: _builtins.int
+    TOKEN_OFFSET_FIELD_NUMBER: _builtins.int
+    TEXT_OFFSET_FIELD_NUMBER: _builtins.int
+    output_index: _builtins.int
+    """Which output, from 0; less than the request's num_outputs."""
+    token_offset: _builtins.int
+    """Tokens of this output that the caller has: the first one sent is this one; 0 to the tokens sent so far. Default 0."""
+    text_offset: _builtins.int
+    """Bytes of this output's text that the caller has, in UTF-8; 0 to the bytes sent so far, between two characters. Default 0."""
+    def __init__(
+        self,
+        *,
+        output_index: _builtins.int = ...,
+        token_offset: _builtins.int = ...,
+        text_offset: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["output_index", b"output_index", "text_offset", b"text_offset", "token_offset", b"token_offset"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___OutputOffset: _TypeAlias = OutputOffset  # noqa: Y015
 
 @_typing.final
 class GenerateManyRequest(_message.Message):

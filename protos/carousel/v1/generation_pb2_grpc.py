@@ -44,6 +44,11 @@ class GenerationStub:
                 request_serializer=carousel_dot_v1_dot_generation__pb2.GenerateManyRequest.SerializeToString,
                 response_deserializer=carousel_dot_v1_dot_generation__pb2.GenerateManyResponse.FromString,
                 _registered_method=True)
+        self.Resume = channel.unary_stream(
+                '/carousel.v1.Generation/Resume',
+                request_serializer=carousel_dot_v1_dot_generation__pb2.ResumeRequest.SerializeToString,
+                response_deserializer=carousel_dot_v1_dot_generation__pb2.GenerateResponse.FromString,
+                _registered_method=True)
         self.Cancel = channel.unary_unary(
                 '/carousel.v1.Generation/Cancel',
                 request_serializer=carousel_dot_v1_dot_generation__pb2.CancelRequest.SerializeToString,
@@ -72,6 +77,16 @@ class GenerationServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Resume(self, request, context):
+        """Attaches again to a request whose stream dropped, by its id, on any front end, within its scheduling.resume_window_ms:
+        sends what comes after the given offsets, then goes on as Generate does. May be repeated. NOT_FOUND where no such request is
+        kept; OUT_OF_RANGE for an offset that was never reached. A request has one stream, the newest: an older one ends with
+        ABORTED. Finished and Summary come again where they came before. The call's deadline is its own, the request's goes on.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Cancel(self, request, context):
         """Ends a request by its id. Idempotent: the answer says what was found.
         """
@@ -91,6 +106,11 @@ def add_GenerationServicer_to_server(servicer, server):
                     servicer.GenerateMany,
                     request_deserializer=carousel_dot_v1_dot_generation__pb2.GenerateManyRequest.FromString,
                     response_serializer=carousel_dot_v1_dot_generation__pb2.GenerateManyResponse.SerializeToString,
+            ),
+            'Resume': grpc.unary_stream_rpc_method_handler(
+                    servicer.Resume,
+                    request_deserializer=carousel_dot_v1_dot_generation__pb2.ResumeRequest.FromString,
+                    response_serializer=carousel_dot_v1_dot_generation__pb2.GenerateResponse.SerializeToString,
             ),
             'Cancel': grpc.unary_unary_rpc_method_handler(
                     servicer.Cancel,
@@ -152,6 +172,33 @@ class Generation:
             '/carousel.v1.Generation/GenerateMany',
             carousel_dot_v1_dot_generation__pb2.GenerateManyRequest.SerializeToString,
             carousel_dot_v1_dot_generation__pb2.GenerateManyResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Resume(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/carousel.v1.Generation/Resume',
+            carousel_dot_v1_dot_generation__pb2.ResumeRequest.SerializeToString,
+            carousel_dot_v1_dot_generation__pb2.GenerateResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -46,6 +46,12 @@ class GenerationStub:
     many in a message. Each request ends with one Summary or one Failed. When the caller has closed its side, the call ends with
     the last request; when the call is cancelled, all its requests are. Their time is max_time_ms; the call's deadline is its own.
     """
+    Resume: _grpc.UnaryStreamMultiCallable[_generation_pb2.ResumeRequest, _generation_pb2.GenerateResponse]
+    """Attaches again to a request whose stream dropped, by its id, on any front end, within its scheduling.resume_window_ms:
+    sends what comes after the given offsets, then goes on as Generate does. May be repeated. NOT_FOUND where no such request is
+    kept; OUT_OF_RANGE for an offset that was never reached. A request has one stream, the newest: an older one ends with
+    ABORTED. Finished and Summary come again where they came before. The call's deadline is its own, the request's goes on.
+    """
     Cancel: _grpc.UnaryUnaryMultiCallable[_generation_pb2.CancelRequest, _generation_pb2.CancelResponse]
     """Ends a request by its id. Idempotent: the answer says what was found."""
 
@@ -61,6 +67,12 @@ class GenerationAsyncStub(GenerationStub):
     """Many requests over one connection, for gateways: submissions, cancels and credits go up, events of all of them come down,
     many in a message. Each request ends with one Summary or one Failed. When the caller has closed its side, the call ends with
     the last request; when the call is cancelled, all its requests are. Their time is max_time_ms; the call's deadline is its own.
+    """
+    Resume: _aio.UnaryStreamMultiCallable[_generation_pb2.ResumeRequest, _generation_pb2.GenerateResponse]  # type: ignore[assignment]
+    """Attaches again to a request whose stream dropped, by its id, on any front end, within its scheduling.resume_window_ms:
+    sends what comes after the given offsets, then goes on as Generate does. May be repeated. NOT_FOUND where no such request is
+    kept; OUT_OF_RANGE for an offset that was never reached. A request has one stream, the newest: an older one ends with
+    ABORTED. Finished and Summary come again where they came before. The call's deadline is its own, the request's goes on.
     """
     Cancel: _aio.UnaryUnaryMultiCallable[_generation_pb2.CancelRequest, _generation_pb2.CancelResponse]  # type: ignore[assignment]
     """Ends a request by its id. Idempotent: the answer says what was found."""
@@ -86,6 +98,18 @@ class GenerationServicer(metaclass=_abc_1.ABCMeta):
         """Many requests over one connection, for gateways: submissions, cancels and credits go up, events of all of them come down,
         many in a message. Each request ends with one Summary or one Failed. When the caller has closed its side, the call ends with
         the last request; when the call is cancelled, all its requests are. Their time is max_time_ms; the call's deadline is its own.
+        """
+
+    @_abc_1.abstractmethod
+    def Resume(
+        self,
+        request: _generation_pb2.ResumeRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_generation_pb2.GenerateResponse], _abc.AsyncIterator[_generation_pb2.GenerateResponse]]:
+        """Attaches again to a request whose stream dropped, by its id, on any front end, within its scheduling.resume_window_ms:
+        sends what comes after the given offsets, then goes on as Generate does. May be repeated. NOT_FOUND where no such request is
+        kept; OUT_OF_RANGE for an offset that was never reached. A request has one stream, the newest: an older one ends with
+        ABORTED. Finished and Summary come again where they came before. The call's deadline is its own, the request's goes on.
         """
 
     @_abc_1.abstractmethod

@@ -25,7 +25,7 @@ class TokenizeRequest(_message.Message):
     TEXT_FIELD_NUMBER: _builtins.int
     ADD_SPECIAL_TOKENS_FIELD_NUMBER: _builtins.int
     text: _builtins.str
-    """The text; may be empty."""
+    """The text; 0 to 2,097,152 characters."""
     add_special_tokens: _builtins.bool
     """Add the special tokens that the model's files say, as its beginning-of-text token. Default true, as Generate does."""
     def __init__(
@@ -76,7 +76,7 @@ class DetokenizeRequest(_message.Message):
     """Leave special tokens out of the text. Default true, as Generate does."""
     @_builtins.property
     def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """Token ids; each below the vocabulary size."""
+        """Token ids, at most 2,097,152; each below the vocabulary size."""
 
     def __init__(
         self,
@@ -131,7 +131,7 @@ class ApplyChatTemplateRequest(_message.Message):
     """Which one, of a model that has several. Default: "tool_use" with tools where there is one of that name, else "default"."""
     @_builtins.property
     def messages(self) -> _containers.RepeatedCompositeFieldContainer[Global___ChatMessage]:
-        """The conversation so far, oldest first; 1 or more."""
+        """The conversation so far, oldest first; 1 or more. As a prompt at most 2,097,152 characters."""
 
     @_builtins.property
     def tools(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:

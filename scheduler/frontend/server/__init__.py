@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import grpc.aio
 from grpc_health.v1 import health_pb2, health_pb2_grpc  # type: ignore[import-untyped]
-from grpc_reflection.v1alpha import reflection  # type: ignore[import-untyped]
+from grpc_reflection.v1alpha import reflection, reflection_pb2_grpc  # type: ignore[import-untyped]
 
 from carousel.inference import grpc_service_pb2, grpc_service_pb2_grpc
 from carousel.v1 import (
@@ -34,8 +36,12 @@ from scheduler.frontend.server.generation import Generation
 from scheduler.frontend.server.health import Health
 from scheduler.frontend.server.inspect import Inspect
 from scheduler.frontend.server.kserve import Inference
+from scheduler.frontend.server.reading import Registrar
+from scheduler.frontend.server.status import is_worth_a_line
 from scheduler.frontend.server.tokenization import Tokenization
 from scheduler.frontend.tokenizer import Tokenizer
+
+log = logging.getLogger(__name__)
 
 _SERVICES = tuple(
     file.DESCRIPTOR.services_by_name[name].full_name
@@ -52,6 +58,7 @@ _ADMIN = (
     inspect_pb2.DESCRIPTOR.services_by_name["Inspect"].full_name,
 )
 _STOCK = (health_pb2.DESCRIPTOR.services_by_name["Health"].full_name, reflection.SERVICE_NAME)
+_GRPCS_LOG = "grpc._cython.cygrpc"
 _LAST_WORDS_S = 0.2  # what a status that is just being sent gets, and calls that never end by themselves
 _POLL_S = 0.02
 
@@ -69,19 +76,22 @@ class Server:
     ) -> None:
         """Raises StartError."""
         self._config = config
+        logging.getLogger(_GRPCS_LOG).addFilter(is_worth_a_line)
         threads = ThreadPoolExecutor(config.tokenizer_threads, thread_name_prefix="tokenizer")
         self._generation = Generation(link, tokenizer, defaults, config.served_model_name, threads)
         self._health = Health(link, _SERVICES)
         self._server = grpc.aio.server(options=_options(config), interceptors=_interceptors(config))
-        generation_pb2_grpc.add_GenerationServicer_to_server(self._generation, self._server)
+        services: Any = Registrar(self._server)
+        generation_pb2_grpc.add_GenerationServicer_to_server(self._generation, services)
         tokenization = Tokenization(tokenizer, templates, threads)
-        tokenization_pb2_grpc.add_TokenizationServicer_to_server(tokenization, self._server)
-        control_pb2_grpc.add_ControlServicer_to_server(Control(link, defaults, config.served_model_name), self._server)
-        inspect_pb2_grpc.add_InspectServicer_to_server(Inspect(link), self._server)
+        tokenization_pb2_grpc.add_TokenizationServicer_to_server(tokenization, services)
+        control_pb2_grpc.add_ControlServicer_to_server(Control(link, defaults, config.served_model_name), services)
+        inspect_pb2_grpc.add_InspectServicer_to_server(Inspect(link), services)
         inference = Inference(link, self._generation, config.served_model_name)
-        grpc_service_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(inference, self._server)
-        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
-        reflection.enable_server_reflection((*_SERVICES, *_STOCK), self._server)
+        grpc_service_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(inference, services)
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, services)
+        told = reflection.aio.ReflectionServicer((*_SERVICES, *_STOCK))
+        reflection_pb2_grpc.add_ServerReflectionServicer_to_server(told, services)
         self._following: asyncio.Task[None] | None = None
 
     async def start(self) -> int:
@@ -113,6 +123,8 @@ class Server:
         until = time.monotonic() + grace_s
         while self._generation.num_active and time.monotonic() < until:
             await asyncio.sleep(_POLL_S)
+        if self._generation.num_active:
+            log.warning("%d requests were cut off", self._generation.num_active)
         await self._server.stop(min(grace_s, _LAST_WORDS_S))
         await stopping
 
@@ -133,6 +145,8 @@ def _options(config: FrontendConfig) -> list[tuple[str, int]]:
         ("grpc.server.max_pending_requests_hard_limit", config.max_streams),
         # … and cancels without a reason what was not taken up for 30 s; a client's own deadline is the better judge.
         ("grpc.server_max_unrequested_time_in_server", 600),
+        # A connection that does not begin, with TLS or with HTTP/2's own first words, is closed.
+        ("grpc.server_handshake_timeout_ms", 20_000),
         # A reader whose machine is gone is noticed within a minute; clients may ping every 10 s, also without calls.
         ("grpc.keepalive_time_ms", 40_000),
         ("grpc.keepalive_timeout_ms", 20_000),

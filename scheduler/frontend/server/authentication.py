@@ -10,7 +10,7 @@ import grpc.aio
 
 from scheduler.errors import PermissionDeniedError, RequestError, UnauthenticatedError
 from scheduler.frontend.callers import Caller, Callers
-from scheduler.frontend.server.status import Context, to_status
+from scheduler.frontend.server.status import Context, refuse
 
 _SCHEME = "bearer"
 _CALLER: ContextVar[Caller | None] = ContextVar("caller", default=None)  # each call runs in a context of its own
@@ -57,7 +57,7 @@ class Authentication(grpc.aio.ServerInterceptor):
 def _refusal(error: RequestError) -> Any:
     """A handler for any kind of call; it reads no message."""
 
-    async def refuse(requests: Any, context: Context) -> None:
-        await context.abort_with_status(to_status(error))
+    async def answer(requests: Any, context: Context) -> None:
+        await refuse(context, error)
 
-    return grpc.stream_stream_rpc_method_handler(refuse)
+    return grpc.stream_stream_rpc_method_handler(answer)

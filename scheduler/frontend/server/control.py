@@ -1,7 +1,8 @@
-"""carousel.v1.Control: facts that the core told; its load, its requests and why they wait, asked for; another policy."""
+"""carousel.v1.Control: facts that the core told; its load, its requests and why they wait, asked for; policy and end."""
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import binascii
 import time
@@ -20,6 +21,7 @@ from scheduler.frontend.validation import check_id
 from wire import EndReason, Explanation, Facts, Hindrance, RequestSummary
 
 DEFAULT_PAGE, MAX_PAGE = 100, 1000  # requests
+DEFAULT_INTERVAL_MS, MIN_INTERVAL_MS, MAX_INTERVAL_MS = 1_000, 100, 60_000  # of WatchLoad
 _TOKEN_BYTES = 8
 _STATES = {
     "waiting": pb.REQUEST_STATE_WAITING,
@@ -85,6 +87,21 @@ class Control(ControlServicer):
 
     @answers_with_status
     async def GetLoad(self, request: pb.GetLoadRequest, context: Context) -> pb.GetLoadResponse:
+        return await self._load()
+
+    @answers_with_status
+    async def WatchLoad(self, request: pb.WatchLoadRequest, context: Context) -> None:  # type: ignore[override]
+        """The load is asked for when the transport is free: a slow reader gets fewer messages, none of them old."""
+        interval_ms = request.interval_ms if request.HasField("interval_ms") else DEFAULT_INTERVAL_MS
+        if not MIN_INTERVAL_MS <= interval_ms <= MAX_INTERVAL_MS:
+            raise InvalidFieldError("interval_ms", f"must be {MIN_INTERVAL_MS} to {MAX_INTERVAL_MS}, not {interval_ms}")
+        while True:
+            next_s = time.monotonic() + interval_ms / 1000
+            await context.write(pb.WatchLoadResponse(load=await self._load()))
+            await asyncio.sleep(max(0.0, next_s - time.monotonic()))
+
+    async def _load(self) -> pb.GetLoadResponse:
+        """Raises UnavailableError."""
         load = await self._link.load()
         facts = self._link.facts
         block_size = facts.workers[0][2].block_size if facts is not None and facts.workers else 0
@@ -145,6 +162,11 @@ class Control(ControlServicer):
         if reply.error:
             raise InvalidFieldError("policy", f"is not changed: {reply.error}")
         return pb.SetPolicyResponse(policy=reply.policy)
+
+    @answers_with_status
+    async def Drain(self, request: pb.DrainRequest, context: Context) -> pb.DrainResponse:
+        reply = await self._link.drain(request.timeout_ms if request.HasField("timeout_ms") else -1)
+        return pb.DrainResponse(live_requests=reply.num_requests, left_ms=reply.left_ns // 1_000_000)
 
     def _facts(self) -> Facts:
         if self._link.facts is None:

@@ -12,20 +12,28 @@ import numpy as np
 from carousel.v1 import generation_pb2 as pb
 from carousel.v1.generation_pb2_grpc import GenerationServicer
 from kvcache import prefix_index
-from scheduler.errors import DeadlineError, InvalidFieldError, UnavailableError
+from scheduler.errors import DeadlineError, InvalidFieldError, NotFoundError, UnavailableError
 from scheduler.frontend.callers import core_id, options_of
 from scheduler.frontend.core_link import CoreLink
 from scheduler.frontend.defaults import ModelDefaults
 from scheduler.frontend.output import Output, StoppableOutput
+from scheduler.frontend.resumption import ResumeState, check_resume, resumed_stream, skip
 from scheduler.frontend.server.authentication import caller
 from scheduler.frontend.server.many import Many
 from scheduler.frontend.server.running import Running
 from scheduler.frontend.server.status import Context, answers_with_status
 from scheduler.frontend.stop_strings import StopStrings
-from scheduler.frontend.streams import Inbox, Stream
+from scheduler.frontend.streams import Inbox, ResumedStream, Stream
 from scheduler.frontend.tokenizer import Tokenizer
-from scheduler.frontend.validation import Options, check_id, check_options, check_prompt_length, check_token_ids
-from wire import AddHeader, AddRequest, CancelOutcome, Facts, WorkerFacts
+from scheduler.frontend.validation import (
+    MAX_OUTPUTS,
+    Options,
+    check_id,
+    check_options,
+    check_prompt_length,
+    check_token_ids,
+)
+from wire import AddHeader, AddRequest, CancelOutcome, Facts, ResumeReply, WorkerFacts
 
 _INLINE_CHARACTERS = 2_000  # shorter prompts are tokenized at once, well under a millisecond
 _OUTCOMES = {
@@ -72,6 +80,18 @@ class Generation(GenerationServicer):
         await Many(self._link, lambda each, inbox: self._open(each, None, inbox), context, count).run(request)
 
     @answers_with_status
+    async def Resume(self, request: pb.ResumeRequest, context: Context) -> None:  # type: ignore[override]
+        self.num_active += 1
+        try:
+            running = await self._reopen(request)
+            try:
+                await _write(context, running, self._link)
+            finally:
+                self._link.drop(running.stream)
+        finally:
+            self.num_active -= 1
+
+    @answers_with_status
     async def Cancel(self, request: pb.CancelRequest, context: Context) -> pb.CancelResponse:
         check_id("request_id", request.request_id)
         reply = await self._link.cancel(core_id(caller(), request.request_id))
@@ -85,9 +105,32 @@ class Generation(GenerationServicer):
         deadline_ns = deadline(options, remaining_s, arrival_ns)
         prompt = await self._prompt(request, options, limits)
         stream = Stream(self._outputs(options, prompt), options.include_stop, len(prompt), inbox)
-        running = Running(options, stream, self._echo(request, options, prompt), deadline_ns - arrival_ns)
-        self._link.submit(self._add_request(options, prompt, limits, arrival_ns, deadline_ns), stream)
+        state = ResumeState(options, deadline_ns - arrival_ns, request.text)
+        running = Running(options, stream, self._echo(state, prompt), state.allowed_ns)
+        self._link.submit(self._add_request(options, prompt, limits, arrival_ns, deadline_ns, state), stream)
         return running
+
+    async def _reopen(self, request: pb.ResumeRequest) -> Running:
+        """Taken over from the core, without what the caller has; to be dropped in the end. Raises RequestError."""
+        check_resume(request)
+
+        def make(reply: ResumeReply) -> ResumedStream:
+            options = ResumeState.decode(reply.header.resume_state).options
+            return resumed_stream(reply, self._outputs(options, reply.prompt.tolist()), options.include_stop)
+
+        found = await self._link.resume(core_id(caller(), request.request_id), MAX_OUTPUTS, make)
+        if found is None:
+            raise NotFoundError(f"no request {request.request_id!r} can be resumed: it is not known, or its window is over")
+        reply, stream = found
+        state = ResumeState.decode(reply.header.resume_state)
+        try:
+            for outlet in stream.outlets:
+                await outlet.replay(self._link)
+            echoed = skip(request, stream, state.options.text)
+            return Running(state.options, stream, self._echo(state, reply.prompt.tolist()), state.allowed_ns, echoed)
+        except BaseException:
+            self._link.drop(stream)
+            raise
 
     async def _prompt(self, request: pb.GenerateRequest, options: Options, limits: WorkerFacts) -> list[int]:
         """Raises InvalidFieldError."""
@@ -121,7 +164,13 @@ class Generation(GenerationServicer):
         return [Output(detokenizer(prompt) if options.text else None) for _ in outputs]
 
     def _add_request(
-        self, options: Options, prompt: list[int], limits: WorkerFacts, arrival_ns: int, deadline_ns: int
+        self,
+        options: Options,
+        prompt: list[int],
+        limits: WorkerFacts,
+        arrival_ns: int,
+        deadline_ns: int,
+        state: ResumeState,
     ) -> AddRequest:
         tokens = np.array(prompt, np.int32)
         asks_prompt = options.sampling.prompt_logprobs >= 0  # all of it must be computed: it goes past the prefix cache
@@ -140,16 +189,18 @@ class Generation(GenerationServicer):
             whole_by_deadline=options.whole_by_deadline,
             prefix_key=key,
             hash_block_size=0 if asks_prompt else limits.block_size,
+            resume_window_ms=options.resume_window_ms,
+            resume_state=state.encode() if options.resume_window_ms else b"",
         )
         hashes = b"" if asks_prompt else prefix_index.hash_blocks(key, tokens, limits.block_size)
         return AddRequest(header, tokens, np.frombuffer(hashes, np.uint8))
 
-    def _echo(self, request: pb.GenerateRequest, options: Options, prompt: list[int]) -> pb.Delta | None:
+    def _echo(self, state: ResumeState, prompt: list[int]) -> pb.Delta | None:
         """The prompt as a delta, where it is wanted."""
+        options = state.options
         if not options.echo and options.sampling.prompt_logprobs < 0:
             return None
-        given = request.WhichOneof("prompt") == "text"
-        text = "" if not options.text else request.text if given else self._tokenizer.decode(prompt)
+        text = (state.prompt_text or self._tokenizer.decode(prompt)) if options.text else ""
         return pb.Delta(token_ids=prompt, text=text, is_prompt=True)
 
 

@@ -3,7 +3,7 @@ share it. Knows messages of the public API; no connection."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Protocol
 
 import msgspec
@@ -32,13 +32,15 @@ class Event(Protocol):
 
 
 class Running:
-    """echo: the prompt as a delta, where it is wanted. allowed_ns: its time."""
+    """echo: the prompt as a delta, where it is wanted. allowed_ns: its time. echoed: outputs whose reader has the prompt."""
 
-    def __init__(self, options: Options, stream: Stream, echo: pb.Delta | None, allowed_ns: int) -> None:
+    def __init__(
+        self, options: Options, stream: Stream, echo: pb.Delta | None, allowed_ns: int, echoed: Collection[int] = ()
+    ) -> None:
         self.options, self.stream = options, stream
         self._echo, self._allowed_ns = echo, allowed_ns
         self._num_open = len(stream.outlets)
-        self._unechoed = set(range(self._num_open) if options.echo else range(1))
+        self._unechoed = set(range(self._num_open) if options.echo else range(1)).difference(echoed)
 
     @property
     def has_ended(self) -> bool:

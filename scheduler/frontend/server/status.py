@@ -7,7 +7,7 @@ import functools
 import logging
 import secrets
 from collections.abc import Awaitable, Callable
-from typing import Any, TypeAlias, TypeVar
+from typing import Any, NoReturn, TypeAlias, TypeVar
 
 import grpc
 import grpc.aio
@@ -27,6 +27,11 @@ Context: TypeAlias = Any  # the generated stubs say: a sync and an async Service
 ServicerT = TypeVar("ServicerT")
 RequestT = TypeVar("RequestT")
 AnswerT = TypeVar("AnswerT")
+
+
+def is_worth_a_line(record: logging.LogRecord) -> bool:
+    """Of what grpc logs: not the stack trace of a status or message for a caller who has just gone."""
+    return record.exc_info is None or not isinstance(record.exc_info[1], grpc.aio.InternalError)
 
 
 def to_status(error: RequestError) -> grpc.Status:
@@ -78,13 +83,23 @@ def answers_with_status(
             failure: RequestError = error
         except (asyncio.CancelledError, grpc.aio.AbortError):
             raise
+        except grpc.aio.InternalError:  # a write, and the reader has just gone: the call may not know yet that it is over
+            raise asyncio.CancelledError from None
         except DecodeError:
-            failure = UnreadableMessageError("a message of this stream can't be read: is it of another version?")
+            failure = UnreadableMessageError()
         except Exception:
             if context.done():  # written to a reader that has just gone
                 raise asyncio.CancelledError from None
             failure = internal_error(handler.__qualname__, exc_info=True)
-        await context.abort_with_status(to_status(failure))
-        raise AssertionError("abort_with_status raises")
+        await refuse(context, failure)
 
     return answer
+
+
+async def refuse(context: Context, error: RequestError) -> NoReturn:
+    """Ends the call with the error's status, unless its caller has just gone. Raises AbortError or CancelledError."""
+    try:
+        await context.abort_with_status(to_status(error))
+    except grpc.aio.InternalError:
+        raise asyncio.CancelledError from None
+    raise AssertionError("abort_with_status raises")

@@ -16,6 +16,8 @@ from scheduler.frontend.tokenizer import Tokenizer
 
 AnswerT = TypeVar("AnswerT")
 
+MOST = 1 << 21  # characters of a text, or tokens: some seconds of the tokenizer's time, and 250 MiB
+
 
 class Tokenization(TokenizationServicer):
     def __init__(self, tokenizer: Tokenizer, templates: ChatTemplates, threads: Executor) -> None:
@@ -23,11 +25,13 @@ class Tokenization(TokenizationServicer):
 
     @answers_with_status
     async def Tokenize(self, request: pb.TokenizeRequest, context: Context) -> pb.TokenizeResponse:
+        _check_length("text", "characters", len(request.text))
         special = request.add_special_tokens if request.HasField("add_special_tokens") else True
         return pb.TokenizeResponse(token_ids=await self._in_thread(self._token_ids, request.text, special))
 
     @answers_with_status
     async def Detokenize(self, request: pb.DetokenizeRequest, context: Context) -> pb.DetokenizeResponse:
+        _check_length("token_ids", "token ids", len(request.token_ids))
         skip, token_ids = request.skip_special_tokens, list(request.token_ids)
         if max(token_ids, default=0) >= self._tokenizer.vocab_size:
             what = f"has token id {max(token_ids)}; the tokenizer's are below {self._tokenizer.vocab_size}"
@@ -53,6 +57,7 @@ class Tokenization(TokenizationServicer):
             variables=_values("variables", request.variables),
             name=request.template_name if request.HasField("template_name") else None,
         )
+        _check_length("messages", "characters as a prompt", len(text))
         return text, self._token_ids(text, False)
 
     def _token_ids(self, text: str, add_special_tokens: bool) -> list[int]:
@@ -63,10 +68,17 @@ class Tokenization(TokenizationServicer):
         return await asyncio.get_running_loop().run_in_executor(self._threads, work, *arguments)
 
 
+def _check_length(field: str, what: str, length: int) -> None:
+    """Raises InvalidFieldError."""
+    if length > MOST:
+        raise InvalidFieldError(field, f"has {length} {what}; at most {MOST} are taken at once")
+
+
 def _values(field: str, text: str) -> dict[str, Any]:
     """Of a JSON object; none of an empty text. Raises InvalidFieldError."""
     try:
         values = json.loads(text or "{}")
+        json.dumps(values, ensure_ascii=False).encode()  # JSON can hold half of a surrogate pair, and no text can
     except (ValueError, RecursionError):
         values = None
     if not isinstance(values, dict):

@@ -21,7 +21,7 @@ from scheduler.frontend.callers import Caller, Callers
 from tests.helpers.fake_core import FakeCore
 from tests.helpers.frontend import PATIENCE_S, Frontend, running
 from tests.helpers.streams import make
-from wire import AddRequest, BlockTable, EndReason, Explanation, Hindrance, Preemption, RequestStats, RequestSummary
+from wire import AddRequest, BlockTable, DrainQuery, EndReason, Explanation, Hindrance, Preemption, RequestStats, RequestSummary
 
 KEYS = {name: f"carousel_{name}-0123456789abcdef" for name in ("alice", "bob", "ops")}
 DENIED, UNKNOWN = "PERMISSION_DENIED", "UNAUTHENTICATED"
@@ -139,6 +139,21 @@ def test_control_and_inspect_are_for_admins(guarded: Frontend, held: FakeCore) -
     as_admin = calls(guarded, [("authorization", f"bearer {KEYS['ops']}")])
     for name in set(as_admin) - {"WatchSteps"}:
         as_admin[name]()
+
+
+def test_only_an_admin_watches_the_load_and_ends_the_server(guarded: Frontend, held: FakeCore) -> None:
+    how = {"metadata": [("authorization", f"Bearer {KEYS['alice']}")], "timeout": PATIENCE_S}
+    assert status_of(lambda: next(guarded.control.WatchLoad(control_pb2.WatchLoadRequest(), **how)))[0] == DENIED
+    assert status_of(lambda: guarded.control.Drain(control_pb2.DrainRequest(), **how))[0] == DENIED
+    assert not [message for message in held.all_heard() if isinstance(message, DrainQuery)]
+    how["metadata"] = [("authorization", f"Bearer {KEYS['ops']}")]
+    watched = guarded.control.WatchLoad(control_pb2.WatchLoadRequest(), **how)
+    assert next(watched).load.total_blocks
+    watched.cancel()
+    kept = held.facts
+    assert guarded.control.Drain(control_pb2.DrainRequest(), **how).left_ms
+    held.tell(kept)
+    guarded.wait_serving()
 
 
 def test_a_request_belongs_to_its_tokens_tenant(held: FakeCore, connect: Callable[[str], CarouselClient]) -> None:

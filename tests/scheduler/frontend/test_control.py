@@ -1,18 +1,33 @@
-"""Control over real gRPC: another policy, the list of requests in pages, why a request waits."""
+"""Control over real gRPC: another policy, the list of requests in pages, why a request waits, the load watched, the end."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 
 import grpc
 import pytest
+from grpc_health.v1 import health_pb2
 
 from carousel.v1 import control_pb2 as pb
 from carousel.v1 import generation_pb2
 from tests.helpers.fake_core import PATIENCE_S, FakeCore
 from tests.helpers.frontend import Frontend
-from tests.helpers.streams import bad_field
-from wire import Explanation, Hindrance, ListQuery, Preemption, RequestStats, RequestSummary, SetPolicyQuery
+from tests.helpers.server import eventually
+from tests.helpers.streams import bad_field, collect, details, make
+from wire import (
+    AddRequest,
+    DrainQuery,
+    Explanation,
+    Hindrance,
+    ListQuery,
+    LoadQuery,
+    LoadReply,
+    Preemption,
+    RequestStats,
+    RequestSummary,
+    SetPolicyQuery,
+)
 
 MS = 1_000_000
 
@@ -203,3 +218,58 @@ def test_questions_overtake_each_other_unharmed(
     others = [ask(frontend) for _ in range(20)]
     assert explain(frontend).text
     assert all(other.result(PATIENCE_S) is not None for other in others)
+
+
+# ------------------------------------------------------------------------------------------------------ load, and the end
+
+
+def test_the_load_is_watched_from_at_once_on(core: FakeCore, frontend: Frontend) -> None:
+    stream = frontend.control.WatchLoad(pb.WatchLoadRequest(interval_ms=100), timeout=PATIENCE_S)
+    now = frontend.control.GetLoad(pb.GetLoadRequest())
+    first = next(stream)
+    assert first.load == now
+    core.load = LoadReply(0, *range(101, 122))
+    assert any(told.load.running_requests == 101 for told in stream)
+    stream.cancel()
+
+
+def test_a_watch_without_an_interval_gives_a_load_at_once_and_no_other_soon(core: FakeCore, frontend: Frontend) -> None:
+    stream = frontend.control.WatchLoad(pb.WatchLoadRequest(), timeout=PATIENCE_S)
+    next(stream)
+    frontend.hear_core()
+    assert sum(isinstance(message, LoadQuery) for message in core.all_heard()) == 2, "one for the watch, one for GetLoad"
+    next(stream)
+    stream.cancel()
+
+
+def test_a_watch_that_is_left_asks_the_core_no_more(core: FakeCore, frontend: Frontend) -> None:
+    stream = frontend.control.WatchLoad(pb.WatchLoadRequest(interval_ms=100), timeout=PATIENCE_S)
+    next(stream)
+    stream.cancel()
+    assert eventually(lambda: (core.forget(), time.sleep(0.3), not core.all_heard())[-1])
+
+
+@pytest.mark.parametrize("interval_ms", [0, 99, 60_001, 2**32 - 1])
+def test_an_interval_out_of_range_is_refused(interval_ms: int, core: FakeCore, frontend: Frontend) -> None:
+    error = refused(lambda: list(frontend.control.WatchLoad(pb.WatchLoadRequest(interval_ms=interval_ms))))
+    assert error.code() is grpc.StatusCode.INVALID_ARGUMENT and bad_field(error) == "interval_ms"
+
+
+def test_drain_tells_who_is_alive_and_nobody_new_comes_in(core: FakeCore, frontend: Frontend) -> None:
+    core.hold()
+    stream = frontend.generation.Generate(make(max_tokens=3), timeout=PATIENCE_S)
+    core.wait_for(AddRequest)
+    told = frontend.control.Drain(pb.DrainRequest())
+    assert (told.live_requests, told.left_ms) == (1, 9_000)
+    assert core.wait_for(DrainQuery).timeout_ms < 0, "as configured"
+    frontend.wait_health(health_pb2.HealthCheckResponse.NOT_SERVING)
+    error = refused(lambda: list(frontend.generation.Generate(make())))
+    assert error.code() is grpc.StatusCode.UNAVAILABLE and "RetryInfo" in details(error)
+    core.hold(False)
+    assert len(collect(stream).tokens) == 3
+
+
+@pytest.mark.parametrize("timeout_ms", [0, 1, 2**32 - 1])
+def test_drain_hands_its_time_to_the_core(timeout_ms: int, core: FakeCore, frontend: Frontend) -> None:
+    frontend.control.Drain(pb.DrainRequest(timeout_ms=timeout_ms))
+    assert core.wait_for(DrainQuery).timeout_ms == timeout_ms

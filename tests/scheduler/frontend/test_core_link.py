@@ -3,15 +3,34 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from scheduler.errors import RequestError, UnavailableError
 from scheduler.frontend.core_link import CoreLink
 from scheduler.frontend.output import Output
-from scheduler.frontend.streams import Stream
-from wire import AbortRequest, AddHeader, AddRequest, Credit, Message, SamplingSpec
+from scheduler.frontend.resumption import resumed_stream
+from scheduler.frontend.streams import ResumedStream, Stream
+from wire import (
+    AbortRequest,
+    AddHeader,
+    AddRequest,
+    Credit,
+    EndReason,
+    Message,
+    OutputEnded,
+    Refused,
+    RequestStats,
+    ResumeHeader,
+    ResumeQuery,
+    ResumeReply,
+    SamplingSpec,
+    TokenBatch,
+    TokenBatchHeader,
+)
 
 LAST = 2**32 - 1
 
@@ -96,3 +115,90 @@ def test_a_request_is_aborted_once_by_its_first_handle(tmp_path: Path) -> None:
         assert said[1:] == [AbortRequest(stream.outlets[0].handle)]
 
     with_link(tmp_path, act)
+
+
+# -------------------------------------------------------------------------------------------------------------- Resume
+
+
+def made(reply: ResumeReply) -> ResumedStream:
+    return resumed_stream(reply, [Output(None) for _ in reply.num_tokens], include_stop=False)
+
+
+def known(query: ResumeQuery) -> ResumeReply:
+    """Two outputs, the first of which has ended."""
+    end = OutputEnded(query.handle, EndReason.LENGTH, RequestStats())
+    header = ResumeHeader(query.query_id, query.handle, True, b"", (end, None))
+    return ResumeReply(header, tokens=np.array([5, 6, 7], np.int32), num_tokens=np.array([1, 2], np.int32))
+
+
+def asking(
+    tmp_path: Path, act: Callable[[CoreLink, list[Message], asyncio.Task[object], ResumeQuery], Awaitable[None]]
+) -> None:
+    """`act` gets a link, what it says, a Resume that waits for the core's answer, and its question."""
+
+    async def run() -> None:
+        link, said = CoreLink(f"ipc://{tmp_path}/core"), list[Message]()
+        link._send = said.append  # type: ignore[method-assign]
+        try:
+            asked = asyncio.create_task(link.resume("r", 64, made))
+            await asyncio.sleep(0)
+            query = said.pop()
+            assert isinstance(query, ResumeQuery) and query.request_id == "r"
+            await act(link, said, asked, query)
+        finally:
+            link.close()
+
+    asyncio.run(run())
+
+
+def test_what_comes_right_behind_the_answer_is_not_missed(tmp_path: Path) -> None:
+    async def act(link: CoreLink, said: list[Message], asked: asyncio.Task[object], query: ResumeQuery) -> None:
+        batch = TokenBatch(TokenBatchHeader(1), np.array([query.handle + 1], np.uint32), np.array([8], np.int32))
+        for message in (known(query), batch):
+            link._hear(message)
+        found = await asked
+        assert isinstance(found, tuple)
+        stream = found[1]
+        for outlet in stream.outlets:
+            await outlet.replay(link)
+        link._hear(TokenBatch(TokenBatchHeader(2), batch.handles, np.array([9], np.int32)))
+        pieces = [outlet.output.take() for outlet in stream.outlets]
+        assert [piece and piece.tokens for piece in pieces] == [[5], [6, 7, 8, 9]]
+        assert [outlet.ended is None for outlet in stream.outlets] == [False, True]
+        link._hear(Refused(query.handle + 1, "ABORTED", "another call has resumed this request"))
+        assert stream.error is not None and stream.error.status == "ABORTED"
+        link.drop(stream)
+        assert not said, "it is not its reader any more"
+
+    asking(tmp_path, act)
+
+
+@pytest.mark.parametrize("before", [True, False])
+def test_an_answer_for_a_call_that_is_gone_is_given_back(before: bool, tmp_path: Path) -> None:
+    async def act(link: CoreLink, said: list[Message], asked: asyncio.Task[object], query: ResumeQuery) -> None:
+        if before:
+            link._hear(known(query))  # the call is told in its next turn, which it does not get
+        asked.cancel()
+        await asyncio.wait([asked])
+        if not before:
+            link._hear(known(query))
+        assert asked.cancelled() and said == [AbortRequest(query.handle)]
+
+    asking(tmp_path, act)
+
+
+def test_one_that_is_not_kept_is_none_and_leaves_nothing_behind(tmp_path: Path) -> None:
+    async def act(link: CoreLink, said: list[Message], asked: asyncio.Task[object], query: ResumeQuery) -> None:
+        link._hear(ResumeReply(ResumeHeader(query.query_id, query.handle, False)))
+        assert await asked is None and not said and not link._resuming and not link._outlets
+
+    asking(tmp_path, act)
+
+
+def test_a_core_that_goes_is_said_to_whoever_waits_for_it(tmp_path: Path) -> None:
+    async def act(link: CoreLink, said: list[Message], asked: asyncio.Task[object], query: ResumeQuery) -> None:
+        link._lose(UnavailableError("the scheduler core is gone"))
+        with pytest.raises(RequestError, match="core is gone"):
+            await asked
+
+    asking(tmp_path, act)

@@ -68,6 +68,17 @@ def test_pieces_are_the_whole_text(kind: str, data: st.DataObject) -> None:
 @pytest.mark.parametrize("kind", TOKENIZERS)
 @settings(max_examples=60, deadline=None)
 @given(data=st.data())
+def test_many_tokens_at_once_are_their_text_one_by_one(kind: str, data: st.DataObject) -> None:
+    backend, tokenizer = TOKENIZERS[kind]
+    parts = data.draw(st.lists(token_lists(backend), max_size=4))
+    detokenizer = tokenizer.detokenizer(())
+    text = "".join([detokenizer.decode(part) for part in parts]) + detokenizer.flush()
+    assert text == "".join(incremental(tokenizer, [token for part in parts for token in part]))
+
+
+@pytest.mark.parametrize("kind", TOKENIZERS)
+@settings(max_examples=60, deadline=None)
+@given(data=st.data())
 def test_an_output_goes_on_where_the_prompt_ended(kind: str, data: st.DataObject) -> None:
     """Prompt and output, decoded together, are the prompt's text and the output's: no space is lost between them."""
     backend, tokenizer = TOKENIZERS[kind]

@@ -234,9 +234,9 @@ def test_bad_requests_name_the_field(request_: pb.GenerateRequest, field: str, c
 
 
 def test_what_is_not_supported_is_said_by_name(core: FakeCore, frontend: Frontend) -> None:
-    error = failure(frontend.generation.Generate(make(resume_window_ms=5)))
+    error = failure(frontend.generation.Generate(make(logprobs=0)))
     assert error.code() is grpc.StatusCode.UNIMPLEMENTED
-    assert bad_field(error) == "scheduling.resume_window_ms" and "scheduling.resume_window_ms" in error.details()
+    assert bad_field(error) == "output.logprobs" and "output.logprobs" in error.details()
 
 
 @pytest.mark.parametrize("num_outputs", [1, 3])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import pytest
@@ -27,6 +28,9 @@ class Scripted:
 
     def step(self, token: int) -> tuple[str, str]:
         return self.steps[token]
+
+    def decode(self, tokens: Iterable[int]) -> str:
+        return "".join([text for token in tokens for text in self.step(token)])
 
     def flush(self) -> str:
         return self.tail

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from typing import Any
 
 import grpc
@@ -11,7 +12,7 @@ import pytest
 from google.rpc import error_details_pb2, status_pb2
 
 from scheduler.errors import InvalidFieldError, RefusedError
-from scheduler.frontend.server.status import answers_with_status, to_status
+from scheduler.frontend.server.status import answers_with_status, is_worth_a_line, to_status
 
 
 class Context:
@@ -74,6 +75,29 @@ def test_the_core_may_say_the_reason_itself() -> None:
     error = RefusedError("RESOURCE_EXHAUSTED", "too many", metadata={"reason": "TENANT_RATE", "max_requests_per_s": "5"})
     assert (error.reason, error.metadata) == ("TENANT_RATE", {"max_requests_per_s": "5"})
     assert RefusedError("RESOURCE_EXHAUSTED", "full", metadata={}).reason == "QUEUE_FULL"
+
+
+def test_a_write_to_a_reader_who_has_just_gone_is_a_cancelled_call(caplog: pytest.LogCaptureFixture) -> None:
+    """The call does not know yet that it is over."""
+    context = Context(done=False)
+    with pytest.raises(asyncio.CancelledError):
+        call(grpc.aio.InternalError("Failed execute_batch"), context)
+    assert context.status is None and not caplog.records
+
+
+@pytest.mark.parametrize(("error", "is_logged"), [(grpc.aio.InternalError("no batch"), False), (ValueError("ours"), True)])
+def test_of_grpcs_own_log_a_caller_who_has_gone_is_left_out(
+    error: Exception, is_logged: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    logger = logging.getLogger("tests.grpc")
+    logger.addFilter(is_worth_a_line)
+    try:
+        raise error
+    except Exception:
+        logger.exception("raised in core")
+    assert bool(caplog.records) == is_logged
+    logger.error("without an exception")
+    assert caplog.records
 
 
 @pytest.mark.parametrize("error", [ValueError("the stream is closed"), asyncio.CancelledError()])

@@ -89,6 +89,7 @@ USER = pb.ChatMessage(role="user")
         (dict(messages=[USER], template_name="x"), "template_name"),
         (dict(messages=[USER], variables="[1]"), "variables"),
         (dict(messages=[USER], variables="[" * 100_000), "variables"),
+        (dict(messages=[USER], variables='{"depth": "\\ud800"}'), "variables"),
         (dict(messages=[USER], tools=["{}", "{"]), "tools[1]"),
         (dict(messages=[USER, pb.ChatMessage(role="user", more="x")]), "messages[1].more"),
     ],

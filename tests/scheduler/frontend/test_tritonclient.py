@@ -8,6 +8,7 @@ from __future__ import annotations
 import base64
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -20,6 +21,7 @@ from tests.helpers.fake_core import FakeCore
 from tests.helpers.frontend import Frontend
 from tests.helpers.kserve import declarations
 from tests.helpers.streams import collect, make
+from wire import AbortRequest, AddRequest
 
 pytestmark = pytest.mark.slow
 
@@ -128,6 +130,26 @@ def test_the_example_streams_a_completion(python: Path, frontend: Frontend, text
     options[-1] = "0"
     done = subprocess.run([*command, *options], capture_output=True, text=True, timeout=CALLS_S, check=False)
     assert done.returncode == 1 and done.stdout == "" and "stopping.max_tokens" in done.stderr.splitlines()[-1]
+
+
+def test_the_example_cancels_when_it_is_interrupted(python: Path, core: FakeCore, frontend: Frontend) -> None:
+    core.hold()
+    command = [str(python), str(ROOT / "examples" / "tritonclient_generate.py"), PROMPT, "--target", frontend.target]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    core.wait_for(AddRequest)
+    core.step(4)
+    assert process.stdout is not None and process.stdout.read(1), "text comes while it is made"
+    process.send_signal(signal.SIGINT)
+    core.wait_for(AbortRequest)
+    _, said = process.communicate(timeout=CALLS_S)
+    assert (process.returncode, said) == (130, "\ncancelled\n")
+
+
+def test_the_example_ends_at_its_deadline(python: Path, core: FakeCore, frontend: Frontend) -> None:
+    core.hold()
+    command = [str(python), str(ROOT / "examples" / "tritonclient_generate.py"), PROMPT, "--target", frontend.target]
+    done = subprocess.run([*command, "--timeout", "1"], capture_output=True, text=True, timeout=CALLS_S, check=False)
+    assert (done.returncode, done.stdout) == (1, "") and "DEADLINE_EXCEEDED" in done.stderr
 
 
 def test_the_recorded_protocol_is_its_own(found: dict[str, Any]) -> None:

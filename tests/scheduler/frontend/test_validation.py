@@ -73,6 +73,7 @@ INVALID = [
     ("scheduling.tenant", dict(scheduling=dict(tenant="\x1b[2J"))),
     ("scheduling.max_time_ms", dict(scheduling=dict(max_time_ms=0))),
     ("scheduling.cache_salt", dict(scheduling=dict(cache_salt="x" * 257))),
+    ("scheduling.resume_window_ms", dict(scheduling=dict(resume_window_ms=600_001))),
 ]
 
 
@@ -88,15 +89,27 @@ def test_out_of_range_is_refused_with_the_field(field: str, fields: dict[str, An
 UNSUPPORTED = [
     ("output.logprobs", dict(output=dict(logprobs=0))),
     ("output.prompt_logprobs", dict(output=dict(prompt_logprobs=5))),
-    ("scheduling.resume_window_ms", dict(scheduling=dict(resume_window_ms=1))),
 ]
 
 
 @pytest.mark.parametrize(("field", "fields"), UNSUPPORTED)
-def test_what_can_not_be_honoured_yet_is_refused_by_name(field: str, fields: dict[str, Any]) -> None:
+def test_what_can_not_be_honoured_is_refused_by_name(field: str, fields: dict[str, Any]) -> None:
     with pytest.raises(UnsupportedFieldError) as caught:
         check(request(**fields))
     assert caught.value.field == field and caught.value.status == "UNIMPLEMENTED"
+
+
+@pytest.mark.parametrize("name", ["logprobs", "prompt_logprobs"])
+def test_log_probabilities_are_not_kept_for_a_resume_and_that_is_said(name: str) -> None:
+    limits = worker_facts(vocab_size=600, max_model_len=256, device="cpu")
+    asked = request(output={name: 0}, scheduling=dict(resume_window_ms=1))
+    with pytest.raises(UnsupportedFieldError, match="together with scheduling") as caught:
+        check_options(asked, limits, GREEDY)
+    assert caught.value.field == f"output.{name}"
+    asked.scheduling.resume_window_ms = 0
+    assert check_options(asked, limits, GREEDY).resume_window_ms == 0
+    asked = request(scheduling=dict(resume_window_ms=600_000))
+    assert check_options(asked, limits, GREEDY).resume_window_ms == 600_000
 
 
 def test_neutral_values_are_taken() -> None:

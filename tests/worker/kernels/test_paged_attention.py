@@ -173,17 +173,29 @@ def test_rows_of_a_static_plan_without_context_give_zeros() -> None:
         assert torch.equal(got[3:], torch.zeros_like(got[3:]))
 
 
-def test_a_padded_tile_does_nothing() -> None:
+@pytest.mark.parametrize("splits", [1, 2])
+def test_a_padded_tile_does_nothing(splits: int) -> None:
+    """What lies before the first row is a row as well to whoever takes its number, -1: it would write token -1."""
     case = Case([(1, 20), (1, 70)], device=DEVICE)
+    i = case.inputs
+    inputs = dataclasses.replace(
+        i,
+        query_start=torch.cat([i.query_start.new_tensor([-1]), i.query_start])[1:],
+        context_lens=torch.cat([i.context_lens.new_tensor([5]), i.context_lens])[1:],
+        block_tables=torch.cat([i.block_tables[:1], i.block_tables])[1:],
+    )
+    q_THD = torch.cat([case.q_THD[:1], case.q_THD])[1:]
     plan = plan_of(case)
     assert plan.decode is not None
-    keep = plan.decode.row.clone()
-    plan.decode.row = torch.cat([keep.new_tensor([-1]), keep, keep.new_tensor([-1])])
+    none = plan.decode.row.new_tensor([-1])
+    plan.decode.row = torch.cat([none, plan.decode.row, none])
     plan.decode.first = torch.zeros_like(plan.decode.row)
-    plan.partial_NSHD, plan.lse_NSH = scratch(2, 4 * plan.decode.config.block_q, shape_of(case))
-    out = torch.full_like(case.q_THD, torch.nan)
-    attend(case.q_THD, case.kv_layer, case.inputs, plan, case.scale, out)
-    close(out, case.reference())
+    if splits > 1:
+        plan.partial_NSHD, plan.lse_NSH = scratch(splits, 4 * plan.decode.config.block_q, shape_of(case))
+    before_and_out = torch.full((3, *q_THD.shape[1:]), 7.0, device=DEVICE)
+    attend(q_THD, case.kv_layer, inputs, plan, case.scale, before_and_out[1:])
+    close(before_and_out[1:], case.reference())
+    assert (before_and_out[0] == 7).all()
 
 
 def test_no_row_depends_on_its_neighbours() -> None:

@@ -1,5 +1,5 @@
-"""log softmax of one token of each row: x − log Σ eˣ, in float32, by the best logit and a sum relative to it of each part of
-the row (as in online softmax, Milakov and Gimelshein 2018, arXiv:1805.02867), put together by a second kernel."""
+"""log Σ eˣ of each row, which turns logits to log-probabilities: in float32, by the best logit and a sum relative to it of each
+part of the row (as in online softmax, Milakov and Gimelshein 2018, arXiv:1805.02867), put together by a second kernel."""
 
 from __future__ import annotations
 
@@ -34,31 +34,24 @@ def part_sums_kernel(
 
 
 @triton.jit(do_not_specialize=["num_parts"])
-def logprob_kernel(logits_ptr, peak_ptr, sum_ptr, tokens_ptr, logprob_ptr, vocab, row_stride, num_parts, PARTS: tl.constexpr):
+def log_sum_exp_kernel(peak_ptr, sum_ptr, out_ptr, num_parts, PARTS: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     part = tl.arange(0, PARTS)
     peaks = tl.load(peak_ptr + row * PARTS + part, part < num_parts, float("-inf"))
     sums = tl.load(sum_ptr + row * PARTS + part, part < num_parts, 0.0)
     peak = tl.max(peaks, 0)
-    log_of_sum = tl.log(tl.sum(sums * tl.exp(peaks - peak), 0))
-    token = tl.load(tokens_ptr + row)
-    logit = tl.load(logits_ptr + row * row_stride + token, (token >= 0) & (token < vocab), float("-inf")).to(tl.float32)
-    tl.store(logprob_ptr + row, logit - peak - log_of_sum)
+    tl.store(out_ptr + row, peak + tl.log(tl.sum(sums * tl.exp(peaks - peak), 0)))
 
 
-def logprobs_of(logits_NV: Tensor, tokens_N: Tensor) -> Tensor:
-    """Log-probability of each row's token, float32 [N]. The logits may be half precision."""
+def log_sum_exp(logits_NV: Tensor) -> Tensor:
+    """Float32 [N]. The logits may be half precision."""
     num_rows, vocab = logits_NV.shape
     assert num_rows > 0 and logits_NV.stride(1) == 1
-    assert tokens_N.shape == (num_rows,) and tokens_N.dtype == torch.int32 and tokens_N.is_contiguous()
     num_parts, blocks_of_part = parts_of(num_rows, vocab)
     peak, total = torch.empty((2, num_rows, PARTS), dtype=torch.float32, device=logits_NV.device).unbind()
-    logprob_N = torch.empty(num_rows, dtype=torch.float32, device=logits_NV.device)
-    stride = logits_NV.stride(0)
+    out_N = torch.empty(num_rows, dtype=torch.float32, device=logits_NV.device)
     part_sums_kernel[(num_rows, num_parts)](
-        logits_NV, peak, total, vocab, stride, blocks_of_part, BLOCK=BLOCK, PARTS=PARTS, num_warps=4
+        logits_NV, peak, total, vocab, logits_NV.stride(0), blocks_of_part, BLOCK=BLOCK, PARTS=PARTS, num_warps=4
     )  # fmt: skip
-    logprob_kernel[(num_rows,)](
-        logits_NV, peak, total, tokens_N, logprob_N, vocab, stride, num_parts, PARTS=PARTS, num_warps=1
-    )  # fmt: skip
-    return logprob_N
+    log_sum_exp_kernel[(num_rows,)](peak, total, out_N, num_parts, PARTS=PARTS, num_warps=1)
+    return out_N

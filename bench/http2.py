@@ -1,0 +1,293 @@
+"""A gRPC caller at the level of HTTP/2 frames, for measurements: it costs a small part of what a server does.
+
+Calls over plain connections on loopback, from one thread. What comes is kept as it came, whole messages in order; looking into
+it is for afterwards. Our own, because any client library in Python costs as much as the server that it is to measure. Knows
+frames (RFC 9113) and gRPC's five bytes before a message; nothing of what is said.
+"""
+
+from __future__ import annotations
+
+import itertools
+import selectors
+import socket
+import struct
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+_DATA, _HEADERS, _RST_STREAM, _SETTINGS, _PING, _GOAWAY, _WINDOW_UPDATE = 0, 1, 3, 4, 6, 7, 8
+_END_STREAM = _ACK = 1
+_END_HEADERS = 4
+_HEADER_TABLE_SIZE, _INITIAL_WINDOW_SIZE = 1, 4  # settings
+_LARGEST_WINDOW = (1 << 31) - 1
+_FIRST_WINDOW = 65_535
+_MOST_DATA = 16_384  # of one frame
+_READ = 1 << 18  # bytes at a time
+_WIDEN_AFTER = 1 << 28  # bytes read, until the peer is told that they were
+_FRAME = struct.Struct(">HBBBL")  # length (high, low), type, flags, stream
+_PREFIX = struct.Struct(">BL")  # of a message: compressed or not, length
+
+
+class CallError(Exception):
+    """The connection broke, or nothing came in time."""
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """What is said in one call, all at once; the caller's side is closed then."""
+
+    path: str
+    messages: tuple[bytes, ...]
+
+
+@dataclass(slots=True)
+class Answer:
+    """Times by CLOCK_MONOTONIC, in nanoseconds; 0: never."""
+
+    started_ns: int = 0
+    heard_ns: int = 0  # its headers
+    first_ns: int = 0  # message
+    ended_ns: int = 0
+    status: int = -1  # gRPC's; −1: reset, or not told
+    messages: list[bytes] = field(default_factory=list)
+
+
+class _Stream:
+    __slots__ = ("answer", "left", "part", "window")
+
+    def __init__(self, answer: Answer, left: bytes, window: int) -> None:
+        self.answer, self.left, self.window = answer, left, window
+        self.part = b""  # of a message of which more comes
+
+
+class _Connection:
+    """Ended answers go into `ended`. holds: no message may come before `release`."""
+
+    def __init__(self, port: int, holds: bool) -> None:
+        self.socket = socket.create_connection(("127.0.0.1", port))
+        self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self.socket.setblocking(False)
+        self.ended: list[Answer] = []
+        self.num_heard = 0  # calls, by their headers or their end
+        self._streams: dict[int, _Stream] = {}
+        self._next_stream = 1
+        self._window, self._stream_window = _FIRST_WINDOW, _FIRST_WINDOW  # of what may be sent
+        self._rest = b""  # of a frame of which more comes
+        self._num_read = 0
+        self._out = bytearray(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n")
+        # No table for headers: what comes is then readable without remembering.
+        window = 0 if holds else _LARGEST_WINDOW
+        self._out += _frame(_SETTINGS, 0, 0, struct.pack(">HLHL", _HEADER_TABLE_SIZE, 0, _INITIAL_WINDOW_SIZE, window))
+        self._widen(_LARGEST_WINDOW - _FIRST_WINDOW)
+
+    @property
+    def has_more_to_send(self) -> bool:
+        return bool(self._out)
+
+    def start(self, call: Call) -> None:
+        number, self._next_stream = self._next_stream, self._next_stream + 2
+        left = b"".join(_PREFIX.pack(0, len(message)) + message for message in call.messages)
+        self._streams[number] = _Stream(Answer(started_ns=time.monotonic_ns()), left, self._stream_window)
+        self._out += _frame(_HEADERS, _END_HEADERS, number, _request_headers(call.path))
+        self._put_data(number)
+
+    def release(self) -> None:
+        self._out += _frame(_SETTINGS, 0, 0, struct.pack(">HL", _INITIAL_WINDOW_SIZE, _LARGEST_WINDOW))
+
+    def _put_data(self, number: int) -> None:
+        """As much as the peer's windows take."""
+        stream = self._streams[number]
+        while stream.left and (size := min(len(stream.left), _MOST_DATA, stream.window, self._window)) > 0:
+            part, stream.left = stream.left[:size], stream.left[size:]
+            stream.window -= size
+            self._window -= size
+            self._out += _frame(_DATA, 0 if stream.left else _END_STREAM, number, part)
+
+    def send(self) -> None:
+        try:
+            while self._out:
+                del self._out[: self.socket.send(self._out)]
+        except BlockingIOError:
+            pass
+
+    def receive(self) -> None:
+        """Raises CallError."""
+        data = self.socket.recv(_READ)
+        if not data:
+            raise CallError("the server closed the connection")
+        if self._rest:
+            data = self._rest + data
+        at, end = 0, len(data)
+        while end - at >= 9:
+            high, low, kind, flags, number = _FRAME.unpack_from(data, at)
+            begin = at + 9
+            after = begin + (high << 8 | low)
+            if after > end:
+                break
+            at = after
+            if kind == _DATA:
+                self._take_data(self._streams[number], data[begin:after])
+                if flags & _END_STREAM:
+                    self._end(number)
+            else:
+                self._take_other(kind, flags, number, data[begin:after])
+        self._rest = data[at:]
+        self._num_read += at
+        if self._num_read > _WIDEN_AFTER:
+            self._widen(self._num_read)
+            self._num_read = 0
+
+    def _take_data(self, stream: _Stream, data: bytes) -> None:
+        answer = stream.answer
+        if not answer.first_ns:
+            answer.first_ns = time.monotonic_ns()
+        if stream.part:
+            data = stream.part + data
+        while len(data) >= 5:
+            size = 5 + _PREFIX.unpack_from(data)[1]
+            if len(data) < size:
+                break
+            answer.messages.append(data[5:size])
+            data = data[size:]
+        stream.part = data
+
+    def _take_other(self, kind: int, flags: int, number: int, payload: bytes) -> None:
+        if kind == _HEADERS:
+            self._hear(self._streams[number].answer)
+            if flags & _END_STREAM:
+                self._streams[number].answer.status = _status(payload)
+                self._end(number)
+        elif kind == _RST_STREAM:
+            if number in self._streams:
+                self._end(number)
+        elif kind == _SETTINGS and not flags & _ACK:
+            self._obey(payload)
+            self._out += _frame(_SETTINGS, _ACK, 0, b"")
+        elif kind == _PING and not flags & _ACK:
+            self._out += _frame(_PING, _ACK, 0, payload)
+        elif kind == _WINDOW_UPDATE:
+            self._widened(number, struct.unpack(">L", payload)[0])
+        elif kind == _GOAWAY:
+            raise CallError(f"the server sends the connection away: {payload[8:].decode(errors='replace')}")
+
+    def _obey(self, settings: bytes) -> None:
+        for name, value in struct.iter_unpack(">HL", settings):
+            if name == _INITIAL_WINDOW_SIZE:
+                more, self._stream_window = value - self._stream_window, value
+                for stream in self._streams.values():
+                    stream.window += more
+        self._put_all_data()
+
+    def _widened(self, number: int, more: int) -> None:
+        if number == 0:
+            self._window += more
+            self._put_all_data()
+        elif number in self._streams:
+            self._streams[number].window += more
+            self._put_data(number)
+
+    def _put_all_data(self) -> None:
+        for number, stream in self._streams.items():
+            if stream.left:
+                self._put_data(number)
+
+    def _widen(self, more: int) -> None:
+        self._out += _frame(_WINDOW_UPDATE, 0, 0, struct.pack(">L", more))
+
+    def _hear(self, answer: Answer) -> None:
+        if not answer.heard_ns:
+            answer.heard_ns = time.monotonic_ns()
+            self.num_heard += 1
+
+    def _end(self, number: int) -> None:
+        answer = self._streams.pop(number).answer
+        self._hear(answer)
+        answer.ended_ns = time.monotonic_ns()
+        self.ended.append(answer)
+
+
+def _frame(kind: int, flags: int, number: int, payload: bytes) -> bytes:
+    size = len(payload)
+    return _FRAME.pack(size >> 8, size & 0xFF, kind, flags, number) + payload
+
+
+def _request_headers(path: str) -> bytes:
+    """POST over plain HTTP; the rest as literals that nobody need remember."""
+    literals = ((b"te", b"trailers"), (b"content-type", b"application/grpc"))
+    named = (b"\x00" + _text(name) + _text(value) for name, value in literals)
+    return b"\x83\x86\x04" + _text(path.encode()) + b"\x01" + _text(b"localhost") + b"".join(named)
+
+
+def _text(value: bytes) -> bytes:
+    assert len(value) < 127, "a longer one has a length of several bytes"
+    return bytes([len(value)]) + value
+
+
+def _status(headers: bytes) -> int:
+    """gRPC's, from trailers without a table."""
+    _, name, rest = headers.partition(b"grpc-status")
+    return int(rest[1 : 1 + rest[0]]) if name else -1
+
+
+class Caller:
+    """So many connections; calls go to one after the other."""
+
+    def __init__(self, port: int, connections: int, holds: bool = False, patience_s: float = 60.0) -> None:
+        """holds: no message may come before the headers of all calls have. patience_s: most without any news."""
+        self._holds = holds
+        self._patience_s = patience_s
+        self._selector = selectors.DefaultSelector()
+        self._connections = [_Connection(port, holds) for _ in range(connections)]
+        for connection in self._connections:
+            self._selector.register(connection.socket, selectors.EVENT_READ, connection)
+
+    def close(self) -> None:
+        for connection in self._connections:
+            connection.socket.close()
+        self._selector.close()
+
+    def run(self, calls: Sequence[Call], at_once: int) -> list[Answer]:
+        """All calls, at most so many at a time; in the order in which they end. Raises CallError."""
+        assert not self._holds or at_once >= len(calls), "the last one would never begin"
+        waiting, answers = iter(calls), list[Answer]()
+        started = self._start(waiting, at_once)
+        while len(answers) < started:
+            news = self._turn()
+            answers += news
+            if self._holds and sum(connection.num_heard for connection in self._connections) == len(calls):
+                self._holds = False
+                for held in self._connections:
+                    held.release()
+            if news:
+                started += self._start(waiting, len(news))
+        return answers
+
+    def _start(self, calls: Iterator[Call], most: int) -> int:
+        started = 0
+        for call in itertools.islice(calls, most):
+            self._connections[0].start(call)
+            self._connections.append(self._connections.pop(0))
+            started += 1
+        return started
+
+    def _turn(self) -> list[Answer]:
+        """Sends and receives; the answers that have ended meanwhile."""
+        for connection in self._connections:
+            if connection.has_more_to_send:
+                connection.send()
+                wanted = selectors.EVENT_READ | (selectors.EVENT_WRITE if connection.has_more_to_send else 0)
+                if self._selector.get_key(connection.socket).events != wanted:
+                    self._selector.modify(connection.socket, wanted, connection)
+        ready = self._selector.select(self._patience_s)
+        if not ready:
+            raise CallError(f"nothing came for {self._patience_s:g} s")
+        answers: list[Answer] = []
+        for key, events in ready:
+            found: _Connection = key.data
+            if events & selectors.EVENT_READ:
+                found.receive()
+            else:
+                self._selector.modify(found.socket, selectors.EVENT_READ, found)
+            answers += found.ended
+            found.ended.clear()
+        return answers
