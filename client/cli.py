@@ -83,6 +83,7 @@ def carousel() -> None:
     help="int8: weights of 8 bits, on a CPU only; a quarter of the memory and faster, for a small loss of accuracy."
     " [default: none]",
 )
+@click.option("--weights", metavar="random:SEED", help="Made up instead of read, for measurements of a model's shape.")
 @click.option("--host", metavar="ADDRESS", help="Address to listen on; 0.0.0.0: every one. [default: 127.0.0.1]")
 @click.option("--port", type=click.IntRange(0, 65535), metavar="N", help="Port to listen on; 0: a free one. [default: 50051]")
 @click.option(
@@ -124,7 +125,7 @@ def carousel() -> None:
     help="Memory of the KV cache, instead of --num-blocks.",
 )
 @click.option(
-    "--max-batch-rows", type=click.IntRange(1, 65535), metavar="N", help="Most requests in the batch at once. [default: 64]"
+    "--max-batch-rows", type=click.IntRange(1, 65535), metavar="N", help="Most requests in the batch at once. [default: 64; 256 on a GPU]"
 )
 @click.option(
     "--max-step-tokens",

@@ -39,6 +39,7 @@ from scheduler.frontend.config import TlsFiles
     default="none",
     help="int8: weights of 8 bits, on a CPU only; a quarter of the memory, and faster.",
 )
+@click.option("--weights", metavar="random:SEED", help="Made up instead of read, for measurements of a model's shape.")
 @click.option("--host", default="127.0.0.1", help="Address to listen on.")
 @click.option("--port", type=click.IntRange(0, 65535), default=50051, help="Port to listen on; 0: any free one.")
 @click.option("--tls-cert", metavar="FILE", help="PEM certificate of this server: calls are encrypted. Needs --tls-key.")
@@ -58,7 +59,7 @@ from scheduler.frontend.config import TlsFiles
     help="Scheduling policy; static and prefill_first are baselines.",
 )
 @click.option("--static-batch-size", type=click.IntRange(0), default=0, help="Rows of a static batch; 0: as many as fit.")
-@click.option("--max-batch-rows", type=click.IntRange(1, 65535), help="Sequences in the batch. [default: 64]")
+@click.option("--max-batch-rows", type=click.IntRange(1, 65535), help="Sequences in the batch. [default: 64; 256 on a GPU]")
 @click.option(
     "--max-step-tokens",
     type=click.IntRange(1),
@@ -129,6 +130,7 @@ _WORKER_OPTIONS = (
     "device",
     "dtype",
     "quantization",
+    "weights",
     "max_model_len",
     "block_size",
     "num_blocks",
@@ -142,7 +144,6 @@ _WORKER_OPTIONS = (
 
 def config_from(options: dict[str, object]) -> ServeConfig:
     """The configuration for these options. Raises ValueError when they contradict one another."""
-    options = _with_batch_limits(options)
     _check(options)
     worker_options: list[str] = []
     for name in _WORKER_OPTIONS:
@@ -162,6 +163,7 @@ def config_from(options: dict[str, object]) -> ServeConfig:
             "oldest_every",
         )
     }
+    core |= {name: most for name, most in _MOST.items() if core[name] is None}
     core["target_itl_ns"] = round(float(str(options["target_itl_ms"])) * 1e6)
     core["prefix_caching"] = not options["no_prefix_caching"]
     core["tenants"] = tuple(_tenant(text) for text in cast(tuple[str, ...], options["tenants"]))
@@ -193,12 +195,7 @@ def _tls(options: dict[str, object]) -> TlsFiles | None:
     return TlsFiles(certificate=certificate, key=key, client_ca=client_ca)
 
 
-def _with_batch_limits(options: dict[str, object]) -> dict[str, object]:
-    """The defaults of the two limits of a step, so that one that was given alone holds."""
-    rows, tokens = cast(int | None, options["max_batch_rows"]), cast(int | None, options["max_step_tokens"])
-    rows_or_default = min(64, tokens or 64) if rows is None else rows
-    tokens_or_default = max(512, rows_or_default) if tokens is None else tokens
-    return options | {"max_batch_rows": rows_or_default, "max_step_tokens": tokens_or_default}
+_MOST = {"max_batch_rows": 4096, "max_step_tokens": 65_536}  # where the user has set none, the worker's own are lower
 
 
 def _check(options: dict[str, object]) -> None:
@@ -209,7 +206,7 @@ def _check(options: dict[str, object]) -> None:
         ("static_batch_size", "max_step_tokens", "each sequence computes at least one token in a step"),
     )
     for less, more, why in at_most:
-        if int(str(options[less])) > int(str(options[more])):
+        if None not in (options[less], options[more]) and int(str(options[less])) > int(str(options[more])):
             names = [f"--{name.replace('_', '-')} {options[name]}" for name in (less, more)]
             raise ValueError(f"{names[0]} is more than {names[1]}: {why}")
     if options["num_blocks"] is not None and options["kv_memory_gib"] is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import click
@@ -16,7 +17,7 @@ from scheduler.core.config import TenantLimits
 from scheduler.errors import StartError
 from scheduler.main import config_from, serve_command
 from scheduler.supervisor import reserve_recording
-from worker.config import DEVICES, DTYPES, QUANTIZATIONS
+from worker.config import DEVICES, DTYPES, QUANTIZATIONS, WorkerConfig
 
 
 def config(*options: str) -> ServeConfig:
@@ -24,7 +25,8 @@ def config(*options: str) -> ServeConfig:
 
 
 def test_without_options_the_core_has_its_own_defaults() -> None:
-    assert config().core == CoreConfig()
+    core = config().core
+    assert replace(core, max_batch_rows=64, max_step_tokens=512) == CoreConfig()
     assert config().record == "" and config().served_model_name == "model"
 
 
@@ -76,11 +78,17 @@ def test_carousel_serve_has_the_options_that_matter_and_the_scheduler_takes_all_
 
 
 def test_a_limit_that_is_given_alone_holds() -> None:
-    few = config("--max-step-tokens", "32").core
-    assert (few.max_batch_rows, few.max_step_tokens) == (32, 32)
-    many = config("--max-batch-rows", "1024").core
-    assert (many.max_batch_rows, many.max_step_tokens) == (1024, 1024)
-    assert "1024" in config("--max-batch-rows", "1024").worker_options
+    few = config("--max-step-tokens", "32")
+    assert few.core.max_step_tokens == 32 and "--max-batch-rows" not in few.worker_options
+    many = config("--max-batch-rows", "1024")
+    assert many.core.max_batch_rows == 1024 and "1024" in many.worker_options
+
+
+def test_without_limits_the_workers_own_hold() -> None:
+    free = config()
+    assert not {"--max-batch-rows", "--max-step-tokens"} & set(free.worker_options)
+    rows, tokens = WorkerConfig(connect="ipc://x", device="sim").limits("cuda")
+    assert rows < free.core.max_batch_rows and tokens < free.core.max_step_tokens
 
 
 def test_the_worker_gets_its_options() -> None:
@@ -95,7 +103,7 @@ def test_the_worker_gets_its_options() -> None:
     ("options", "said"),
     [
         ("--max-batch-rows 100 --max-step-tokens 50", "--max-batch-rows 100 is more than --max-step-tokens 50"),
-        ("--static-batch-size 65", "--static-batch-size 65 is more than --max-batch-rows 64"),
+        ("--static-batch-size 65 --max-batch-rows 64", "--static-batch-size 65 is more than --max-batch-rows 64"),
         ("--num-blocks 5 --kv-memory-gib 1", "both say how large"),
         ("--record-limit-mib 5", "--record FILE"),
         ("--tenant a --tenant a:weight=2", "listed twice"),

@@ -276,3 +276,19 @@ def test_a_worker_whose_supervisor_is_another_process_ends_at_once() -> None:
     options = command("--connect", "ipc://x", "--device", "sim")
     done = subprocess.run(options, capture_output=True, timeout=60, check=False, cwd=ROOT, env=environment)
     assert done.returncode == 1
+
+
+@pytest.mark.parametrize(
+    ("asked", "device", "expected"),
+    [
+        ({}, "cpu", (64, 512)),
+        ({}, "cuda", (256, 2048)),
+        ({"max_batch_rows": 1024}, "cpu", (1024, 1024)),
+        ({"max_step_tokens": 32}, "cuda", (32, 32)),
+        ({"max_batch_rows": 4, "max_step_tokens": 100}, "cuda", (4, 100)),
+    ],
+)
+def test_a_limit_that_is_not_asked_for_follows_from_the_device_and_the_other(
+    asked: dict[str, int], device: str, expected: tuple[int, int]
+) -> None:
+    assert WorkerConfig(connect="ipc://x", model="m", **asked).limits(device) == expected

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from wire import ResultHeader, StepFailed, StepPlan, StepResult
+from wire import PlanHeader, ResultHeader, SamplingSpec, SequenceStart, StepFailed, StepPlan, StepResult
 from wire.messages import I32
 from worker.attention.base import AttentionInputs
 from worker.attention.triton_paged import AttentionPlan, AttentionShape, TritonPagedAttention, gpu_of
@@ -70,6 +70,7 @@ class GpuExecutor:
         sizes = sizes_up_to(self.facts.max_batch_rows)
         with torch.inference_mode():
             self._graphs = Graphs(sizes, self._decode, self._streams, self._state.dump, self._table_width)
+        self._rehearse()
         self._pending: queue.SimpleQueue[tuple[_Launched | StepFailed, Deliver] | None] = queue.SimpleQueue()
         self._reader = threading.Thread(target=self._read, name="results", daemon=True)
         self._reader.start()
@@ -85,6 +86,35 @@ class GpuExecutor:
         self._reader.join()
         self._streams.synchronize()
         del self._graphs, self._model, self._blocks, self._kv
+
+    def _rehearse(self) -> None:
+        """A step of every kind, so that what can't work fails before the hello, and no kernel is compiled while somebody
+        waits for it: a long chunk; a short one, with all that can be asked for, beside a decode; two decodes."""
+        facts, block_size = self.facts, self.facts.block_size
+        blocks = np.arange(1, min(facts.num_blocks, self._table_width) + 1, dtype=np.int32)
+        long = min(facts.max_step_tokens, facts.max_model_len - 2, len(blocks[:-1]) * block_size - 2)
+        if long < 1 or facts.max_batch_rows < 2:
+            return  # a pool of one block is for tests of sizes
+        everything = SamplingSpec(1.0, 5, 0.9, 0.1, 0, repetition_penalty=1.1, logprobs=1)
+        rows = [(0, long, blocks[:-1], _PLAIN), (1, 1, blocks[-1:], everything)]
+        starts = [SequenceStart(slot, slot, 0, 1, count, 0, len(own), spec) for slot, count, own, spec in rows]
+        first, second, both = np.zeros(1, np.uint16), np.ones(1, np.uint16), np.arange(2, dtype=np.uint16)
+        one, two = np.ones(1, np.int32), np.ones(2, np.int32)
+        header = PlanHeader(0, 0, 0, (starts[0],))
+        plans = [
+            StepPlan(header, long * one, start_tokens=np.zeros(long, np.int32), start_blocks=blocks[:-1], slots=first),
+            StepPlan(PlanHeader(0, 0, 1, (starts[1],)), two, start_tokens=0 * one, start_blocks=blocks[-1:], slots=both),
+            StepPlan(PlanHeader(0, 0, 2, ()), one, slots=first),
+            StepPlan(PlanHeader(0, 0, 3, ()), one, slots=second),
+        ]
+        for plan in plans:
+            launched = self._launch(plan)
+            launched.fetched.wait()
+            launched.told.message(plan)
+        if facts.num_blocks > 1:
+            self._blocks.copy(blocks[:1], blocks[1:2])
+        self._streams.synchronize()
+        self.reset()
 
     # ------------------------------------------------------------------------------------------------------- launching
 
@@ -220,3 +250,4 @@ class GpuExecutor:
 
 
 _NONE: I32 = np.empty(0, np.int32)
+_PLAIN = SamplingSpec(temperature=0.0, top_k=0, top_p=1.0, min_p=0.0, seed=0)

@@ -43,9 +43,7 @@ def norm_rotate_and_write(
         return compiled.norm_rotate_and_write(qkv_TAD, num_heads, *weights, q_norm.eps, cos_sin, kv_layer, inputs.slot_mapping)
     if kernels.fits(qkv_TAD):
         weights = (q_norm.weight, k_norm.weight)
-        return kernels.norm_rotate_and_write(
-            qkv_TAD, num_heads, *weights, q_norm.eps, *cos_sin, kv_layer, inputs.slot_mapping
-        )
+        return kernels.norm_rotate_and_write(qkv_TAD, num_heads, *weights, q_norm.eps, *cos_sin, kv_layer, inputs.slot_mapping)
     num_kv_heads = (qkv_TAD.shape[1] - num_heads) // 2
     q_THD, k_TKD, v_TKD = qkv_TAD.split((num_heads, num_kv_heads, num_kv_heads), dim=1)
     q_THD, k_TKD = rotate(q_norm(q_THD), *cos_sin), rotate(k_norm(k_TKD), *cos_sin)

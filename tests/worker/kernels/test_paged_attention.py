@@ -198,6 +198,18 @@ def test_a_padded_tile_does_nothing(splits: int) -> None:
     assert (before_and_out[0] == 7).all()
 
 
+def test_a_step_writes_its_keys_and_values_and_attends_to_them() -> None:
+    case, backend = Case(SHORT, device=DEVICE), TritonPagedAttention()
+    expected = case.reference()
+    last = [slice(length - count, length) for count, length in case.rows]
+    k_TKD = torch.cat([k_LKD[new] for k_LKD, new in zip(case.k_LKD, last, strict=True)])
+    v_TKD = torch.cat([v_LKD[new] for v_LKD, new in zip(case.v_LKD, last, strict=True)])
+    slots, block_size = case.inputs.slot_mapping, case.block_size
+    case.kv_layer[:, slots // block_size, :, slots % block_size] = torch.nan
+    backend.write(k_TKD, v_TKD, case.kv_layer, case.inputs)
+    close(case.by(backend), expected)
+
+
 def test_no_row_depends_on_its_neighbours() -> None:
     case, first = Case([(1, 70), (20, 40), (1, 20)], device=DEVICE), 0
     together = case.by(TritonPagedAttention())
