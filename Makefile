@@ -85,6 +85,7 @@ env: $(READY)
 
 clean:
 	find . -name __pycache__ -type d -not -path './$(VENV)/*' -not -path './bench/peers/.envs/*' -prune -exec rm -rf {} +
+	rm -rf examples/cpp/build examples/node/node_modules protos/dist
 	rm -rf build dist *.egg-info .pytest_cache .hypothesis .mypy_cache .ruff_cache .import_linter_cache
 
 # torch is by far the largest: it goes first, so that the rest need not wait for a broken download twice.
