@@ -12,7 +12,7 @@ import logging
 import os
 import queue
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -51,10 +51,14 @@ class _Launched:
 
 
 class GpuExecutor:
-    """`exit_process`: what ends the process when the device is lost."""
+    """sizes: of the captured steps, instead of graphs.sizes_up_to. exit_process: what ends it when the device is lost."""
 
     def __init__(
-        self, loaded: Loaded, streams: Streams | None = None, exit_process: Callable[[int], object] = os._exit
+        self,
+        loaded: Loaded,
+        streams: Streams | None = None,
+        sizes: Sequence[int] | None = None,
+        exit_process: Callable[[int], object] = os._exit,
     ) -> None:
         self.facts, self._model, self._kv, self._device = loaded.facts, loaded.model, loaded.kv, loaded.device
         self._streams = streams or (CudaStreams(self._device) if self._device.type == "cuda" else HostStreams())
@@ -67,7 +71,7 @@ class GpuExecutor:
         heads = (loaded.shape.num_heads, loaded.shape.num_kv_heads, loaded.shape.head_dim)
         self._shape = AttentionShape(*heads, self._kv.layers[0].dtype, self._device, gpu_of(self._device))
         self._numbers = torch.zeros(0, dtype=torch.int32, device=self._device)
-        sizes = sizes_up_to(self.facts.max_batch_rows)
+        sizes = sizes or sizes_up_to(self.facts.max_batch_rows)
         with torch.inference_mode():
             self._graphs = Graphs(sizes, self._decode, self._streams, self._state.dump, self._table_width)
         self._rehearse()

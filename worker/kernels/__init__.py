@@ -15,12 +15,12 @@ from torch import Tensor
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 _loaded = False
-_interpreted = False  # by TRITON_INTERPRET=1: CPU tensors fit too
+_anywhere = False  # CPU tensors fit too
 
 
-def load() -> str:
-    """What was loaded, in words; empty: no triton here."""
-    global _loaded, _interpreted
+def load(anywhere: bool = False) -> str:
+    """What was loaded, in words; empty: no triton here. anywhere: for tensors on a CPU too, as under TRITON_INTERPRET=1."""
+    global _loaded, _anywhere
     # A submodule that is imported takes its name here; these lines then give the name to its function.
     global add_layer_norm, add_rms_norm, layer_norm, log_sum_exp, plain_layer_norm, rms_norm, silu_and_mul
     global norm_rotate_and_write, rotate_and_write, write_kv
@@ -34,12 +34,13 @@ def load() -> str:
     from worker.kernels.silu_and_mul import silu_and_mul
     from worker.kernels.write_kv import norm_rotate_and_write, rotate_and_write, write_kv
 
-    _loaded, _interpreted = True, bool(triton.knobs.runtime.interpret)
-    if _interpreted:
+    interpreted = bool(triton.knobs.runtime.interpret)
+    _loaded, _anywhere = True, anywhere or interpreted
+    if interpreted:
         from worker.kernels.interpreter import repair
 
         repair()
-    return f"triton {triton.__version__}" + (", interpreted" if _interpreted else "")
+    return f"triton {triton.__version__}" + (", interpreted" if interpreted else "")
 
 
 def unload() -> None:
@@ -55,7 +56,7 @@ def fits(x: Tensor) -> bool:
     """Whether the kernels can be run over it."""
     return (
         _loaded
-        and (x.is_cuda or (_interpreted and x.device.type == "cpu"))
+        and (x.is_cuda or (_anywhere and x.device.type == "cpu"))
         and x.dtype in DTYPES
         and x.stride(-1) == 1
         and x.numel() > 0

@@ -80,22 +80,23 @@ def prepare_tokens(
     assert all(x.dtype == torch.int32 and x.is_contiguous() for x in (ids_T, positions_T, slots_T, last_tokens_S, tables_SW))
     assert ids_T.shape == positions_T.shape == slots_T.shape
     count = len(ids_T)
-    out = torch.empty(3, count, dtype=torch.int64, device=ids_T.device)
+    # Three allocations, each of them aligned.
+    ids, positions, slot_mapping = (torch.empty(count, dtype=torch.int64, device=ids_T.device) for _ in range(3))
     tokens_kernel[(triton.cdiv(count, BLOCK),)](
         ids_T,
         positions_T,
         slots_T,
         last_tokens_S,
         tables_SW,
-        out[0],
-        out[1],
-        out[2],
+        ids,
+        positions,
+        slot_mapping,
         count,
         tables_SW.shape[1],
         BLOCK_SIZE=block_size,
         BLOCK=BLOCK,
     )
-    return out[0], out[1], out[2]
+    return ids, positions, slot_mapping
 
 
 def gather_tables(slots_R: Tensor, tables_SW: Tensor, width: int) -> Tensor:

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from worker.kernels.sampling.order import BLOCK, parts_of
+from worker.kernels.sampling.order import BLOCK, PER_ROW, parts_of
 
 LISTED = 32  # entries of a list at a time
 
@@ -43,7 +43,7 @@ class AdjustColumns:
 
 @triton.jit(
     do_not_specialize=["blocks_of_part", "bias_width", "bias_stride", "masked_width", "masked_stride"],
-    do_not_specialize_on_alignment=["bias_tokens_ptr", "bias_values_ptr", "masked_tokens_ptr"],
+    do_not_specialize_on_alignment=[*PER_ROW, "bias_tokens_ptr", "bias_values_ptr", "masked_tokens_ptr"],
 )
 def adjust_kernel(
     logits_ptr, repetition_ptr, presence_ptr, frequency_ptr, seen_ptr, seen_row_ptr,
@@ -85,7 +85,7 @@ def adjust_kernel(
         tl.store(logits_ptr + token, float("-inf"), (token >= begin) & (token < end))
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=PER_ROW)
 def count_drawn_kernel(seen_ptr, seen_row_ptr, tokens_ptr, vocab, seen_stride):
     row = tl.program_id(0)
     seen_row, token = tl.load(seen_row_ptr + row).to(tl.int64), tl.load(tokens_ptr + row)

@@ -5,10 +5,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from worker.kernels.sampling.order import NOTHING, pack
+from worker.kernels.sampling.order import NOTHING, PER_ROW, pack
 
 
-@triton.jit(do_not_specialize=["blocks_of_part"])
+@triton.jit(do_not_specialize=["blocks_of_part"], do_not_specialize_on_alignment=PER_ROW)
 def best_kernel(
     logits_ptr, best_ptr, num_near_ptr, vocab, row_stride, blocks_of_part, BLOCK: tl.constexpr, PARTS: tl.constexpr
 ):

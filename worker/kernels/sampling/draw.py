@@ -11,12 +11,22 @@ import triton
 import triton.language as tl
 
 from worker.kernels.sampling.noise import gumbel_noise
-from worker.kernels.sampling.order import NOTHING, best_of_parts, float_of, is_drawn, key_of, pack, packed_index, packed_key
+from worker.kernels.sampling.order import (
+    NOTHING,
+    PER_ROW,
+    best_of_parts,
+    float_of,
+    is_drawn,
+    key_of,
+    pack,
+    packed_index,
+    packed_key,
+)
 
 _HOPELESS = tl.constexpr(19.5)
 
 
-@triton.jit(do_not_specialize=["num_parts", "blocks_of_part"])
+@triton.jit(do_not_specialize=["num_parts", "blocks_of_part"], do_not_specialize_on_alignment=PER_ROW)
 def draw_kernel(
     logits_ptr, best_ptr, edge_ptr, temperature_ptr, min_p_ptr, seed_ptr, position_ptr, output_index_ptr, drawn_ptr,
     vocab, row_stride, num_parts, blocks_of_part, BLOCK: tl.constexpr, PARTS: tl.constexpr,
@@ -44,7 +54,7 @@ def draw_kernel(
         tl.store(drawn_ptr + row * PARTS + part, tl.max(drawn, 0))
 
 
-@triton.jit(do_not_specialize=["num_parts"])
+@triton.jit(do_not_specialize=["num_parts"], do_not_specialize_on_alignment=PER_ROW)
 def finish_kernel(best_ptr, drawn_ptr, temperature_ptr, slots_ptr, tokens_ptr, last_tokens_ptr, num_parts, PARTS: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     best = best_of_parts(best_ptr, row, num_parts, PARTS)

@@ -19,7 +19,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from worker.kernels.sampling.order import best_of_parts, float_of, is_drawn, key_of, packed_key
+from worker.kernels.sampling.order import PER_ROW, best_of_parts, float_of, is_drawn, key_of, packed_key
 
 NEAR = 4096  # tokens that the list of a row has room for
 SEARCH_BLOCK = 512  # tokens of a pass at a time, one a thread
@@ -33,7 +33,7 @@ def _mass(score, best_score):
     return (tl.exp(score - best_score) * _UNIT).to(tl.int64)
 
 
-@triton.jit(do_not_specialize=["num_parts", "blocks_of_part"])
+@triton.jit(do_not_specialize=["num_parts", "blocks_of_part"], do_not_specialize_on_alignment=PER_ROW)
 def gather_kernel(
     logits_ptr, best_ptr, temperature_ptr, top_k_ptr, top_p_ptr, mass_ptr, near_mass_ptr, num_near_ptr, near_ptr,
     vocab, row_stride, num_parts, blocks_of_part, BLOCK: tl.constexpr, PARTS: tl.constexpr, NEAR: tl.constexpr,
@@ -95,7 +95,7 @@ def _search(
     return low, count_at_low, mass_at_low
 
 
-@triton.jit(do_not_specialize=["num_parts"])
+@triton.jit(do_not_specialize=["num_parts"], do_not_specialize_on_alignment=PER_ROW)
 def filter_kernel(
     logits_ptr, best_ptr, temperature_ptr, top_k_ptr, top_p_ptr, mass_ptr, near_mass_ptr, num_near_ptr, near_ptr, edge_ptr,
     vocab, row_stride, num_parts, SEARCH_BLOCK: tl.constexpr, PARTS: tl.constexpr, NEAR: tl.constexpr,

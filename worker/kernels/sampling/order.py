@@ -11,6 +11,12 @@ import triton.language as tl
 
 BLOCK = 1024  # tokens at a time
 PARTS = 64  # of a row, at most: as many partial results are read in one go
+# One number of each is read by a row. They are rows of one table, so how they are aligned depends on the number of rows; a
+# kernel that specialized on that would be compiled while somebody waits.
+PER_ROW = [
+    *("temperature_ptr", "top_k_ptr", "top_p_ptr", "min_p_ptr", "seed_ptr", "position_ptr", "output_index_ptr", "slots_ptr"),
+    *("repetition_ptr", "presence_ptr", "frequency_ptr", "seen_row_ptr", "num_near_ptr", "edge_ptr", "tokens_ptr"),
+]
 
 INFINITY_KEY = tl.constexpr(0x7F800000)
 MINUS_INFINITY_KEY = tl.constexpr(-0x7F800001)
