@@ -54,11 +54,11 @@ class CpuAttention:
         self._ways = ways
 
     def write(self, k_TKD: Tensor, v_TKD: Tensor, kv_layer: Tensor, inputs: AttentionInputs) -> None:
-        if compiled.fits_cache(kv_layer) and k_TKD.numel() <= compiled.MOST:
+        if compiled.fits_cache(kv_layer) and k_TKD.dtype == torch.float32 and k_TKD.numel() <= compiled.MOST:
             return compiled.write(k_TKD, v_TKD, kv_layer, inputs.slot_mapping)
         plan = _plan(kv_layer, inputs)
-        kv_layer[0][plan.blocks, :, plan.offsets] = k_TKD
-        kv_layer[1][plan.blocks, :, plan.offsets] = v_TKD
+        kv_layer[0][plan.blocks, :, plan.offsets] = k_TKD.to(kv_layer.dtype)
+        kv_layer[1][plan.blocks, :, plan.offsets] = v_TKD.to(kv_layer.dtype)
 
     def attend(self, q_THD: Tensor, kv_layer: Tensor, inputs: AttentionInputs, scale: float) -> Tensor:
         plan = _plan(kv_layer, inputs)
@@ -110,7 +110,7 @@ def _chunk(row: int, kv_layer: Tensor, inputs: AttentionInputs) -> _Chunk:
     half_and_head = np.arange(2)[:, None, None] * num_blocks * num_kv_heads + np.arange(num_kv_heads)[:, None]
     pages = half_and_head + blocks * num_kv_heads
     hidden = torch.ones(end - first, length, dtype=torch.bool).triu_(length - (end - first) + 1)
-    bias = torch.zeros(hidden.shape, dtype=kv_layer.dtype).masked_fill_(hidden, -torch.inf)
+    bias = torch.zeros(hidden.shape).masked_fill_(hidden, -torch.inf)
     parts = []
     for at in range(first, end, _PART):
         until = min(at + _PART, end)
@@ -120,11 +120,11 @@ def _chunk(row: int, kv_layer: Tensor, inputs: AttentionInputs) -> _Chunk:
 
 def _attend_chunk(q_THD: Tensor, kv_layer: Tensor, chunk: _Chunk, scale: float, out_THD: Tensor) -> None:
     _, _, num_kv_heads, block_size, head_dim = kv_layer.shape
-    gathered = kv_layer.view(-1, block_size * head_dim).index_select(0, chunk.pages)
+    gathered = kv_layer.view(-1, block_size * head_dim).index_select(0, chunk.pages).float()
     k_K1LD, v_K1LD = gathered.view(2, num_kv_heads, 1, -1, head_dim)
     for part in chunk.parts:
         (count, seen), group = part.bias.shape, q_THD.shape[1] // num_kv_heads
-        q_KGnD = q_THD[part.first : part.end].view(count, num_kv_heads, group, head_dim).permute(1, 2, 0, 3)
+        q_KGnD = q_THD[part.first : part.end].float().view(count, num_kv_heads, group, head_dim).permute(1, 2, 0, 3)
         k_KGLD, v_KGLD = (x[:, :, :seen].expand(-1, group, -1, -1) for x in (k_K1LD, v_K1LD))
         attended_KGnD = F.scaled_dot_product_attention(q_KGnD, k_KGLD, v_KGLD, part.bias, scale=scale)
         out_THD[part.first : part.end] = attended_KGnD.permute(2, 0, 1, 3).flatten(1, 2)

@@ -7,6 +7,7 @@ context of a group.
 
 from __future__ import annotations
 
+import itertools
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -52,26 +53,34 @@ class Singles(Protocol):
 
 
 class CompiledSingles:
-    """By a loop over the blocks where they lie, for few queries of short contexts: one thread."""
+    """By a loop over the blocks where they lie, which threads share."""
 
-    _MOST = 6000  # keys that query heads see, together: about where two threads of the sparse products are as fast
+    _PART = 3000  # keys that query heads see in a part, at least: some 100 µs
 
-    def __init__(self, queries: Queries) -> None:
+    def __init__(self, queries: Queries, num_heads: int) -> None:
         self._tokens, self._num_tokens = torch.from_numpy(queries.token), queries.num_tokens
         self._tables = torch.from_numpy(queries.tables[queries.row].astype(np.int64))
         self._lengths = torch.from_numpy(queries.length)
+        self._parts = list(_parts(queries.length, -(-self._PART // num_heads)))
 
     @classmethod
     def of(cls, queries: Queries, num_heads: int, kv_layer: Tensor) -> CompiledSingles | None:
-        fits = compiled.is_loaded() and kv_layer.device.type == "cpu" and kv_layer.dtype == torch.float32
-        return cls(queries) if fits and int(queries.length.sum()) * num_heads <= cls._MOST else None
+        return cls(queries, num_heads) if compiled.fits_cache(kv_layer) else None
 
     def attend(self, q_THD: Tensor, kv_layer: Tensor, scale: float) -> Tensor:
         whole = len(self._tokens) == self._num_tokens
-        q_NHD = q_THD.contiguous() if whole else q_THD[self._tokens]
+        q_NHD = (q_THD if whole else q_THD[self._tokens]).float().contiguous()
         out_NHD = torch.empty(q_NHD.shape)
-        compiled.attend(q_NHD, kv_layer, self._tables, self._lengths, scale, out_NHD)
-        return out_NHD if whole else q_NHD.new_empty(self._num_tokens, *out_NHD.shape[1:]).index_copy_(0, self._tokens, out_NHD)
+        compiled.attend(q_NHD, kv_layer, self._tables, self._lengths, self._parts, scale, out_NHD)
+        out_NHD = out_NHD.to(q_THD.dtype)
+        return out_NHD if whole else q_THD.new_empty(self._num_tokens, *out_NHD.shape[1:]).index_copy_(0, self._tokens, out_NHD)
+
+
+def _parts(length: I64, size: int) -> Iterator[slice]:
+    """Of consecutive queries that together see about `size` keys."""
+    part_of = (np.cumsum(length) - 1) // size
+    begins = [0, *(np.flatnonzero(np.diff(part_of)) + 1).tolist(), len(length)]
+    yield from (slice(begin, end) for begin, end in itertools.pairwise(begins))
 
 
 # ------------------------------------------------------------------------------------------------------------------ sparse

@@ -60,10 +60,11 @@ class TorchPagedAttention:
         num_tokens, num_heads, head_dim = q_THD.shape
         out_THD = q_THD.new_empty(num_tokens + 1, num_heads, head_dim)
         for group in self._plan(kv_layer, inputs).groups:
-            k_nKLD, v_nKLD = self._gather(kv_layer, group)
-            q_xHD = q_THD.index_select(0, group.tokens)
+            k_nKLD, v_nKLD = self._gather(kv_layer, group).float()
+            q_xHD = q_THD.index_select(0, group.tokens).float()
             attend = _attend_one if group.query_len == 1 else _attend_many
-            out_THD.index_copy_(0, group.places, attend(q_xHD, k_nKLD, v_nKLD, group.bias, scale))
+            attended_xHD = attend(q_xHD, k_nKLD, v_nKLD, group.bias, scale)
+            out_THD.index_copy_(0, group.places, attended_xHD.to(q_THD.dtype))
         return out_THD[:num_tokens]
 
     def _gather(self, kv_layer: Tensor, group: _Group) -> Tensor:
@@ -145,7 +146,7 @@ def _group(rows: Index, inputs: AttentionInputs, kv_layer: Tensor) -> _Group:
     token = torch.from_numpy(token_nQ).to(device)
     last = token - torch.from_numpy(start + query_len - context)[:, None].to(device)  # the last position that a query sees
     seen_nQL = torch.arange(most_blocks * block_size, device=device) <= last[:, :, None]
-    bias = torch.zeros(seen_nQL.shape, dtype=kv_layer.dtype, device=device).masked_fill_(~seen_nQL, -torch.inf)
+    bias = torch.zeros(seen_nQL.shape, device=device).masked_fill_(~seen_nQL, -torch.inf)
     return _Group(
         num_rows=n,
         query_len=most_queries,

@@ -9,10 +9,14 @@ for many rows, which torch divides among threads. (numba's own threads would spi
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from types import ModuleType
 
+import numpy as np
 import torch
 from torch import Tensor
+
+from worker.compiled import threads
 
 log = logging.getLogger(__name__)
 
@@ -71,14 +75,18 @@ def add_rms_norm(residual: Tensor, x: Tensor, weight: Tensor, eps: float) -> Ten
 
 
 def fits_cache(kv_layer: Tensor) -> bool:
-    """The same of a layer of the KV cache, which may have any size."""
-    return _kernels is not None and kv_layer.dtype is torch.float32 and kv_layer.device.type == "cpu"
+    """The same of a layer of the KV cache, which may have any size, and hold bfloat16."""
+    return _kernels is not None and kv_layer.dtype in (torch.float32, torch.bfloat16) and kv_layer.device.type == "cpu"
+
+
+def _cache(kv_layer: Tensor) -> np.ndarray:
+    return kv_layer.numpy() if kv_layer.dtype == torch.float32 else kv_layer.view(torch.uint16).numpy()
 
 
 def write(k_TKD: Tensor, v_TKD: Tensor, kv_layer: Tensor, slots_T: Tensor) -> None:
     """Keys and values to their slots, as attention.cpu.CpuAttention.write; k and v may be parts of wider rows."""
     assert _kernels is not None
-    _kernels.write(k_TKD.numpy(), v_TKD.numpy(), kv_layer.numpy(), slots_T.numpy())
+    _kernels.write(k_TKD.numpy(), v_TKD.numpy(), _cache(kv_layer), slots_T.numpy())
 
 
 def rotate_and_write(
@@ -89,7 +97,7 @@ def rotate_and_write(
     cos_T1D, sin_T1D = cos_sin
     q_THD = torch.empty(len(qkv_TAD), num_heads, qkv_TAD.shape[2])
     _kernels.rotate_and_write(
-        qkv_TAD.numpy(), cos_T1D.numpy()[:, 0], sin_T1D.numpy()[:, 0], kv_layer.numpy(), slots_T.numpy(), q_THD.numpy()
+        qkv_TAD.numpy(), cos_T1D.numpy()[:, 0], sin_T1D.numpy()[:, 0], _cache(kv_layer), slots_T.numpy(), q_THD.numpy()
     )
     return q_THD
 
@@ -120,7 +128,15 @@ def quantize_rows(x_TI: Tensor, levels: float, zero: float, least_scale: float) 
     return quantized, scale
 
 
-def attend(q_NHD: Tensor, kv_layer: Tensor, tables: Tensor, lengths: Tensor, scale: float, out_NHD: Tensor) -> None:
-    """Query i over the first lengths[i] tokens of the blocks tables[i], as attention.singles."""
+def attend(
+    q_NHD: Tensor, kv_layer: Tensor, tables_NW: Tensor, lengths_N: Tensor, parts: Sequence[slice], scale: float, out_NHD: Tensor
+) -> None:
+    """Query i over the first lengths[i] tokens of the blocks tables[i], as attention.singles; in parts, which threads share."""
     assert _kernels is not None
-    _kernels.attend(q_NHD.numpy(), kv_layer.numpy(), tables.numpy(), lengths.numpy(), scale, out_NHD.numpy())
+    arrays = (q_NHD.numpy(), _cache(kv_layer), tables_NW.numpy(), lengths_N.numpy(), scale, out_NHD.numpy())
+    attend_part = _kernels.attend
+
+    def compute(part: slice) -> None:
+        attend_part(*arrays, part.start, part.stop)
+
+    threads.share(compute, parts)

@@ -15,24 +15,61 @@ from typing import Any
 
 import numba
 import numpy as np
-from numba import float32, int64, njit, uint8, void
+from numba import float32, int64, njit, types, uint8, uint16, void
+from numba.extending import overload
 
 VERSION = numba.__version__
 
 _FASTMATH = {"reassoc", "contract", "nsz"}  # not "there is no NaN and no infinity", and no reciprocal for a quotient
 
+_LOG2_E = math.log2(math.e)
 _Rows, _Vector = float32[:, ::1], float32[::1]
+_CACHES = (float32[:, :, :, :, ::1], uint16[:, :, :, :, ::1])  # the latter holds the bits of bfloat16
 
 
-def _compiled(signature: Any) -> Callable[[Callable[..., None]], Any]:
+def _compiled(*signatures: Any) -> Callable[[Callable[..., None]], Any]:
     def compile_it(function: Callable[..., None]) -> Any:
-        options: dict[str, Any] = {"fastmath": _FASTMATH, "error_model": "numpy", "boundscheck": False}
+        options: dict[str, Any] = {"fastmath": _FASTMATH, "error_model": "numpy", "boundscheck": False, "nogil": True}
         try:
-            return njit(signature, cache=True, **options)(function)
+            return njit(list(signatures), cache=True, **options)(function)
         except RuntimeError:  # no folder to cache in
-            return njit(signature, **options)(function)
+            return njit(list(signatures), **options)(function)
 
     return compile_it
+
+
+def _number(stored):  # type: ignore[no-untyped-def]
+    """A number of the cache as float32."""
+
+
+def _put(cache_D, at, number):  # type: ignore[no-untyped-def]
+    """float32 into the cache, rounded to the nearest, to even in the middle."""
+
+
+@overload(_number, inline="always")
+def _number_of(stored):  # type: ignore[no-untyped-def]
+    if stored == types.float32:
+        return lambda stored: stored
+    return lambda stored: np.uint32(np.uint32(stored) << np.uint32(16)).view(np.float32)
+
+
+@overload(_put)
+def _put_into(cache_D, at, number):  # type: ignore[no-untyped-def]
+    if cache_D.dtype == types.float32:
+
+        def put(cache_D, at, number):  # type: ignore[no-untyped-def]
+            cache_D[at] = number
+    else:
+
+        def put(cache_D, at, number):  # type: ignore[no-untyped-def]
+            bits = np.float32(number).view(np.uint32)
+            if number == number:
+                bits += np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))
+            else:
+                bits |= np.uint32(0x400000)  # a NaN stays one
+            cache_D[at] = np.uint16(bits >> np.uint32(16))
+
+    return put
 
 
 @_compiled(void(_Rows, _Vector, float32, _Rows))
@@ -61,23 +98,21 @@ def add_rms_norm(residual_TC, x_TC, weight_C, eps, out_TC):  # type: ignore[no-u
             out_TC[i, j] = residual_TC[i, j] * factor * weight_C[j]
 
 
-_Cache = float32[:, :, :, :, ::1]
-
-
-@_compiled(void(float32[:, :, :], float32[:, :, :], _Cache, int64[::1]))
+@_compiled(*(void(float32[:, :, :], float32[:, :, :], cache, int64[::1]) for cache in _CACHES))
 def write(k_TKD, v_TKD, kv_2PKSD, slots_T):  # type: ignore[no-untyped-def]
     rows, kv_heads, size = k_TKD.shape
     block = kv_2PKSD.shape[3]
     for i in range(rows):
         b, s = slots_T[i] // block, slots_T[i] % block
         for k in range(kv_heads):
+            keys_D, values_D = kv_2PKSD[0, b, k, s], kv_2PKSD[1, b, k, s]
             for d in range(size):
-                kv_2PKSD[0, b, k, s, d] = k_TKD[i, k, d]
+                _put(keys_D, d, k_TKD[i, k, d])
             for d in range(size):
-                kv_2PKSD[1, b, k, s, d] = v_TKD[i, k, d]
+                _put(values_D, d, v_TKD[i, k, d])
 
 
-@_compiled(void(float32[:, :, ::1], _Rows, _Rows, _Cache, int64[::1], float32[:, :, ::1]))
+@_compiled(*(void(float32[:, :, ::1], _Rows, _Rows, cache, int64[::1], float32[:, :, ::1]) for cache in _CACHES))
 def rotate_and_write(qkv_TAD, cos_TD, sin_TD, kv_2PKSD, slots_T, q_THD):  # type: ignore[no-untyped-def]
     """cos and sin: [T, D / 2]."""
     rows, heads, size = q_THD.shape
@@ -90,12 +125,13 @@ def rotate_and_write(qkv_TAD, cos_TD, sin_TD, kv_2PKSD, slots_T, q_THD):  # type
                 q_THD[i, h, d] = x * cos_TD[i, d] - y * sin_TD[i, d]
                 q_THD[i, h, half + d] = y * cos_TD[i, d] + x * sin_TD[i, d]
         for k in range(kv_heads):
+            keys_D, values_D = kv_2PKSD[0, b, k, s], kv_2PKSD[1, b, k, s]
             for d in range(half):
                 x, y = qkv_TAD[i, heads + k, d], qkv_TAD[i, heads + k, half + d]
-                kv_2PKSD[0, b, k, s, d] = x * cos_TD[i, d] - y * sin_TD[i, d]
-                kv_2PKSD[0, b, k, s, half + d] = y * cos_TD[i, d] + x * sin_TD[i, d]
+                _put(keys_D, d, x * cos_TD[i, d] - y * sin_TD[i, d])
+                _put(keys_D, half + d, y * cos_TD[i, d] + x * sin_TD[i, d])
             for d in range(size):
-                kv_2PKSD[1, b, k, s, d] = qkv_TAD[i, heads + kv_heads + k, d]
+                _put(values_D, d, qkv_TAD[i, heads + kv_heads + k, d])
 
 
 @_compiled(void(float32[:, :, ::1], int64, int64, _Vector, float32))
@@ -127,45 +163,103 @@ def quantize_rows(x_TC, levels, zero, least_scale, out_TC, scale_T1):  # type: i
         scale_T1[i, 0] = scale + poison
 
 
-@_compiled(void(float32[:, :, ::1], _Cache, int64[:, ::1], int64[::1], float32, float32[:, :, ::1]))
-def attend(q_NHD, kv_2PKSD, tables_NW, lengths_N, scale, out_NHD):  # type: ignore[no-untyped-def]
-    """The query heads of a group read each key and value together."""
-    queries, heads, size = q_NHD.shape
+_inlined = njit(fastmath=_FASTMATH, error_model="numpy", boundscheck=False, nogil=True)
+
+
+@_inlined
+def _scores(q_D, keys_SD, there, scale, scores_S):  # type: ignore[no-untyped-def]
+    """log2 e · scale · q · k of the first `there` keys."""
+    size, in_bits = len(q_D), scale * np.float32(_LOG2_E)
+    whole = there - there % 4
+    for s in range(0, whole, 4):
+        a, b, c, e = np.float32(0), np.float32(0), np.float32(0), np.float32(0)
+        for d in range(size):
+            x = q_D[d]
+            a += x * _number(keys_SD[s, d])
+            b += x * _number(keys_SD[s + 1, d])
+            c += x * _number(keys_SD[s + 2, d])
+            e += x * _number(keys_SD[s + 3, d])
+        scores_S[s], scores_S[s + 1], scores_S[s + 2], scores_S[s + 3] = a * in_bits, b * in_bits, c * in_bits, e * in_bits
+    for s in range(whole, there):
+        a = np.float32(0)
+        for d in range(size):
+            a += q_D[d] * _number(keys_SD[s, d])
+        scores_S[s] = a * in_bits
+
+
+@_inlined
+def _softmax(scores_L, length):  # type: ignore[no-untyped-def]
+    """2^(score − the largest), in place, and their sum; NaN if a score is none or infinite. 2ˣ by its whole part, which becomes
+    the exponent's bits, and the Taylor series of the rest on −½ … ½: right to about 2⁻²³, and vector code where exp is not."""
+    most, total, poison = scores_L[0], np.float32(0), np.float32(0)
+    for at in range(length):
+        most = max(most, scores_L[at])
+    for at in range(length):
+        poison += scores_L[at] * np.float32(0)
+        x = max(scores_L[at] - most, np.float32(-126))
+        whole = np.rint(x)
+        rest = x - whole
+        power = np.float32(1.5403530393381606e-4)  # (ln 2)^n / n!, from n = 6
+        power = power * rest + np.float32(1.3333558146428443e-3)
+        power = power * rest + np.float32(9.618129107628477e-3)
+        power = power * rest + np.float32(5.550410866482158e-2)
+        power = power * rest + np.float32(2.402265069591007e-1)
+        power = power * rest + np.float32(6.931471805599453e-1)
+        power = power * rest + np.float32(1)
+        power *= np.int32((np.int32(whole) + np.int32(127)) << np.int32(23)).view(np.float32)
+        scores_L[at] = power
+        total += power
+    return total + poison
+
+
+@_inlined
+def _weigh(weights_S, values_SD, there, sums_D):  # type: ignore[no-untyped-def]
+    """sums += Σ weight · value over the first `there` values."""
+    size, whole = len(sums_D), there - there % 8
+    for s in range(0, whole, 8):
+        a, b, c, e = weights_S[s], weights_S[s + 1], weights_S[s + 2], weights_S[s + 3]
+        f, g, h, i = weights_S[s + 4], weights_S[s + 5], weights_S[s + 6], weights_S[s + 7]
+        for d in range(size):
+            near = a * _number(values_SD[s, d]) + b * _number(values_SD[s + 1, d])
+            near += c * _number(values_SD[s + 2, d]) + e * _number(values_SD[s + 3, d])
+            far = f * _number(values_SD[s + 4, d]) + g * _number(values_SD[s + 5, d])
+            far += h * _number(values_SD[s + 6, d]) + i * _number(values_SD[s + 7, d])
+            sums_D[d] += near + far
+    for s in range(whole, there):
+        weight = weights_S[s]
+        for d in range(size):
+            sums_D[d] += weight * _number(values_SD[s, d])
+
+
+@_compiled(
+    *(
+        void(float32[:, :, ::1], cache, int64[:, ::1], int64[::1], float32, float32[:, :, ::1], int64, int64)
+        for cache in _CACHES
+    )
+)
+def attend(q_NHD, kv_2PKSD, tables_NW, lengths_N, scale, out_NHD, first, end):  # type: ignore[no-untyped-def]
+    """Queries `first` to `end`. Keys and values are read where they lie, several tokens at a time so that queries and sums stay
+    in registers; slots past a length are not read."""
+    heads, size = q_NHD.shape[1], q_NHD.shape[2]
     kv_heads, block = kv_2PKSD.shape[2], kv_2PKSD.shape[3]
     group = heads // kv_heads
     longest = 0
-    for n in range(queries):
+    for n in range(first, end):
         longest = max(longest, lengths_N[n])
-    weights = np.empty((group, longest), np.float32)
-    sums = np.empty((group, size), np.float32)
-    for n in range(queries):
+    weights_GL = np.empty((group, longest), np.float32)
+    for n in range(first, end):
         length = lengths_N[n]
         for k in range(kv_heads):
-            for at in range(length):
-                b, s = tables_NW[n, at // block], at % block
+            for at in range(0, length, block):
+                keys_SD, there = kv_2PKSD[0, tables_NW[n, at // block], k], min(block, length - at)
                 for g in range(group):
-                    score = np.float32(0)
-                    for d in range(size):
-                        score += q_NHD[n, k * group + g, d] * kv_2PKSD[0, b, k, s, d]
-                    weights[g, at] = score * scale
+                    _scores(q_NHD[n, k * group + g], keys_SD, there, scale, weights_GL[g, at:])
             for g in range(group):
-                most = weights[g, 0]
-                for at in range(length):
-                    most = max(most, weights[g, at])
-                total = np.float32(0)
-                for at in range(length):
-                    weight = np.float32(math.exp(weights[g, at] - most))
-                    weights[g, at] = weight
-                    total += weight
-                for at in range(length):
-                    weights[g, at] /= total
+                total, sums_D = _softmax(weights_GL[g], length), out_NHD[n, k * group + g]
                 for d in range(size):
-                    sums[g, d] = 0
-            for at in range(length):
-                b, s = tables_NW[n, at // block], at % block
-                for g in range(group):
-                    for d in range(size):
-                        sums[g, d] += weights[g, at] * kv_2PKSD[1, b, k, s, d]
-            for g in range(group):
+                    sums_D[d] = 0
+                for at in range(0, length, block):
+                    values_SD, there = kv_2PKSD[1, tables_NW[n, at // block], k], min(block, length - at)
+                    _weigh(weights_GL[g, at:], values_SD, there, sums_D)
                 for d in range(size):
-                    out_NHD[n, k * group + g, d] = sums[g, d]
+                    sums_D[d] /= total

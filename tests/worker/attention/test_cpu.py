@@ -11,6 +11,7 @@ import torch
 from tests.helpers.attention_case import MIXED, Case, close
 from worker import compiled
 from worker.attention.cpu import CpuAttention
+from worker.attention.reference import ReferenceAttention
 from worker.attention.singles import CompiledSingles, GatheredSingles, Singles, SparseSingles
 
 HAS_LOOPS = bool(compiled.load())
@@ -25,7 +26,6 @@ WAYS = [
 def loops(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Compiled, and for any number of queries."""
     compiled.load()
-    monkeypatch.setattr(CompiledSingles, "_MOST", 1 << 30)
     yield
     compiled.unload()
 
@@ -65,6 +65,16 @@ def test_other_dtypes_take_the_way_that_can(dtype: torch.dtype) -> None:
     case = Case(MIXED, dtype=dtype)
     assert SparseSingles.of(None, 6, case.kv_layer) is None  # type: ignore[arg-type]
     close(case.by(CpuAttention()).float(), case.reference().float(), tolerance=2e-2)
+
+
+@pytest.mark.parametrize("way", [CompiledSingles, GatheredSingles])
+def test_a_cache_of_bfloat16_is_attended_to_in_float32(way: type[Singles]) -> None:
+    case = Case(MIXED, dtype=torch.bfloat16)
+    case.q_THD = case.q_THD.float()
+    exact = case.kv_layer.float()
+    got = by(way).attend(case.q_THD, case.kv_layer, dataclasses.replace(case.inputs, plan=None), case.scale)
+    assert got.dtype == torch.float32
+    close(got, ReferenceAttention().attend(case.q_THD, exact, case.inputs, case.scale))
 
 
 def test_no_row_depends_on_its_neighbours() -> None:

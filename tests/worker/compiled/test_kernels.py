@@ -47,8 +47,9 @@ def test_a_norm_of_many_dimensions_is_over_the_last() -> None:
 
 @pytest.mark.parametrize(("rows", "heads", "kv_heads", "size"), [(1, 4, 1, 64), (7, 6, 3, 32), (9, 12, 4, 96)])
 @pytest.mark.parametrize("with_norms", [False, True])
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16])
 def test_queries_are_turned_and_keys_and_values_written(
-    rows: int, heads: int, kv_heads: int, size: int, with_norms: bool
+    rows: int, heads: int, kv_heads: int, size: int, with_norms: bool, stored: torch.dtype
 ) -> None:
     qkv = random(rows, heads + 2 * kv_heads, size)
     cos_sin = random(rows, 1, size // 2), random(rows, 1, size // 2 + 1)[..., : size // 2].contiguous()
@@ -59,7 +60,7 @@ def test_queries_are_turned_and_keys_and_values_written(
     )
 
     def run() -> tuple[torch.Tensor, torch.Tensor]:
-        cache = torch.full((2, num_blocks, kv_heads, block_size, size), torch.nan)
+        cache = torch.full((2, num_blocks, kv_heads, block_size, size), torch.nan, dtype=stored)
         backend, x = CpuAttention(), qkv.clone()
         if with_norms:
             norms = norm_of(size, 1), norm_of(size, 2)
@@ -119,3 +120,13 @@ def test_half_precision_views_and_many_rows_do_not_fit() -> None:
     assert not compiled.fits(torch.empty(0, 8)) and not compiled.fits(torch.empty(compiled.MOST + 1))
     compiled.unload()
     assert not compiled.fits(random(4, 8))
+
+
+def test_bfloat16_is_rounded_as_torch_does() -> None:
+    """To the nearest, to even in the middle, also at the ends and past them."""
+    special = [0.0, -0.0, torch.inf, -torch.inf, torch.nan, 3.4e38, -3.4e38, 1e-40, 1.00390625, 1.01171875, 1 + 2**-8 + 2**-20]
+    values = torch.cat((torch.tensor(special), random(2048 - len(special)))).view(1, 1, 2048)
+    cache = torch.zeros(2, 1, 1, 1, 2048, dtype=torch.bfloat16)
+    compiled.write(values, -values, cache, torch.zeros(1, dtype=torch.int64))
+    torch.testing.assert_close(cache[0].flatten(), values.flatten().bfloat16(), rtol=0, atol=0, equal_nan=True)
+    torch.testing.assert_close(cache[1].flatten(), -values.flatten().bfloat16(), rtol=0, atol=0, equal_nan=True)
