@@ -73,7 +73,7 @@ class GpuExecutor:
         self._numbers = torch.zeros(0, dtype=torch.int32, device=self._device)
         sizes = sizes or sizes_up_to(self.facts.max_batch_rows)
         with torch.inference_mode():
-            self._graphs = Graphs(sizes, self._decode, self._streams, self._state.dump, self._table_width)
+            self._graphs = Graphs(sizes, self._decode, self._streams, self._device, self._state.dump, self._table_width)
         self._rehearse()
         self._pending: queue.SimpleQueue[tuple[_Launched | StepFailed, Deliver] | None] = queue.SimpleQueue()
         self._reader = threading.Thread(target=self._read, name="results", daemon=True)

@@ -37,12 +37,13 @@ class _Captured:
 
 
 class Graphs:
-    def __init__(self, sizes: Sequence[int], compute: Compute, streams: Streams, dump: int, table_width: int) -> None:
+    def __init__(
+        self, sizes: Sequence[int], compute: Compute, streams: Streams, device: torch.device, dump: int, table_width: int
+    ) -> None:
         """Captures all sizes, the largest first: the memory that it takes serves the others. When memory ends, those that
         are captured so far have to do."""
         self._streams, self._dump, self._table_width = streams, dump, table_width
         self._captured: dict[int, _Captured] = {}
-        device = torch.device("cuda") if torch.cuda.is_available() else torch.device("cpu")
         self._numbers = torch.zeros(Sizes.of_decode(max(sizes)).total, dtype=torch.int32, device=device)
         for size in sorted(sizes, reverse=True):
             try:

@@ -23,6 +23,7 @@ from worker.loading import load
 from worker.model_executor import ModelExecutor
 
 VOCAB = 384
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SAMPLED = SamplingSpec(temperature=0.9, top_k=0, top_p=1.0, min_p=0.0, seed=11)
 SPECS = [
     GREEDY,
@@ -59,7 +60,7 @@ class Pair:
         kernels.unload()
         self.slow = ModelExecutor.of(config(), model_dir)
         kernels.load()
-        self.fast = GpuExecutor(load(config(), model_dir))
+        self.fast = GpuExecutor(load(config(device=DEVICE, dtype="float32"), model_dir))
         self.answers: queue.SimpleQueue[StepResult | StepFailed | Logprobs] = queue.SimpleQueue()
 
     def reset(self) -> PlanMaker:

@@ -15,14 +15,15 @@ from worker.sim_executor import sim_facts
 
 FACTS = sim_facts(vocab_size=1000, max_model_len=100, block_size=4, num_blocks=200, max_batch_rows=12, max_step_tokens=400)
 DUMP, WIDTH = 12, 25
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 class Device:
     """What the device keeps from step to step."""
 
     def __init__(self) -> None:
-        self.tables_SW = torch.zeros(DUMP + 1, WIDTH, dtype=torch.int32)
-        self.last_tokens_S = torch.zeros(DUMP + 1, dtype=torch.int32)
+        self.tables_SW = torch.zeros(DUMP + 1, WIDTH, dtype=torch.int32, device=DEVICE)
+        self.last_tokens_S = torch.zeros(DUMP + 1, dtype=torch.int32, device=DEVICE)
 
     def prepare(self, inputs) -> tuple[torch.Tensor, ...]:  # type: ignore[no-untyped-def]
         """(ids, positions, slot mapping, block tables of the rows)."""
@@ -56,7 +57,8 @@ def test_the_device_finds_what_the_host_would_send(seed: int, padded: bool) -> N
         expected = build(mirror, expected_rows, "cpu")
         sizes, inputs = step_inputs(blind, rows)
         if not sizes.tokens:
-            write_tables(torch.from_numpy(inputs.write_places), torch.from_numpy(inputs.write_blocks), device.tables_SW)
+            writes = (torch.from_numpy(each).to(DEVICE) for each in (inputs.write_places, inputs.write_blocks))
+            write_tables(*writes, device.tables_SW)
             continue
         target = Sizes.of_decode(max(16, sizes.writes)) if padded else sizes
         numbers = np.full(target.total, -7, np.int32)
@@ -64,8 +66,9 @@ def test_the_device_finds_what_the_host_would_send(seed: int, padded: bool) -> N
             put_padded(inputs, cut(numbers, target), DUMP, WIDTH)
         else:
             put(inputs, cut(numbers, target))
+        sent = torch.from_numpy(numbers).to(DEVICE)
+        ids, positions, slot_mapping, tables = (each.cpu() for each in device.prepare(cut(sent, target)))
         x = cut(torch.from_numpy(numbers), target)
-        ids, positions, slot_mapping, tables = device.prepare(x)
         assert ids[: sizes.tokens].equal(expected.input_ids) and positions[: sizes.tokens].equal(expected.positions)
         real = sizes.tokens - len(padding)
         assert slot_mapping[:real].equal(expected.attention.slot_mapping[:real])
@@ -83,7 +86,7 @@ def test_the_device_finds_what_the_host_would_send(seed: int, padded: bool) -> N
         mirror.feed(expected_rows, sampled)
         drawn = np.full(len(x.draw_slots), 999, np.int32)
         drawn[: rows.num_sampled] = sampled
-        device.last_tokens_S[x.draw_slots.long()] = torch.from_numpy(drawn)
+        device.last_tokens_S[x.draw_slots.long().to(DEVICE)] = torch.from_numpy(drawn).to(DEVICE)
         assert not device.tables_SW[DUMP].any(), "the dump has block 0 only"
 
 

@@ -44,9 +44,10 @@ def test_every_head_size_of_the_kernels_is_served() -> None:
 def test_the_largest_step_is_one_that_the_model_can_compute(tmp_path: Path, step_tokens: int) -> None:
     """More tokens than a sequence may have are several rows."""
     head = dict(head_dim=32, num_attention_heads=4, num_key_value_heads=2, hidden_size=64)
-    model, shape = load_model(make_checkpoint(tmp_path, "llama", **head), torch.float32, "cpu", 64)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model, shape = load_model(make_checkpoint(tmp_path, "llama", **head), torch.float32, device, 64)
     config = WorkerConfig(connect="ipc://x", model="m", max_batch_rows=4, max_step_tokens=step_tokens)
-    state, device = DeviceState(4, 4, shape.vocab_size, torch.device("cpu")), torch.device("cpu")
+    state = DeviceState(4, 4, shape.vocab_size, device)
     kept = memory._largest_step(model, shape, config, torch.float32, device, state)
     rows = np.diff(np.minimum(np.arange(0, step_tokens + 64, 64), step_tokens))
     blocks = int((-(-rows // 16)).sum())
