@@ -9,10 +9,11 @@ MODEL ?= demo/model
 HOST ?= 127.0.0.1
 PORT ?= 50051
 DEVICE ?= auto
+WHEELS ?=
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo serve test test-all lint bench-core bench-edge bench-scheduler bench-cpu bench-peers protos env clean
+.PHONY: help demo serve test test-all lint bench-core bench-edge bench-scheduler bench-cpu bench-peers bench-anyscale bench-journal gpu-check protos env clean
 
 help:
 	@echo "make demo              24 concurrent requests on the bundled model: watch the batch turn, compare with static"
@@ -23,9 +24,12 @@ help:
 	@echo "make lint              ruff, mypy, import rules, stubs up to date"
 	@echo "make bench-core        what the scheduler costs: targets S1, S2, S3, without a model (ARGS=--quick: a minute)"
 	@echo "make bench-edge        what gRPC takes, with a null model: targets S4, S5, S6 (3 minutes; ARGS=--quick: 20 seconds)"
+	@echo "make bench-journal     what the journal costs a step, by fsync policy"
 	@echo "make bench-scheduler   what it decides, simulated: four workloads by three policies, and targets G11, G14, G15"
 	@echo "make bench-cpu         Carousel and transformers on this CPU: targets C1, C3, C4, C5 (10 minutes; ARGS=--quick: two)"
+	@echo "make bench-anyscale    continuous ÷ static, four caps and latency at two loads, and a report (45 minutes; ARGS=--quick: 10)"
 	@echo "make bench-peers       Carousel beside OpenVINO GenAI, vLLM, llama.cpp on this CPU: target C2 (installs them on first use)"
+	@echo "make gpu-check         all that needs a GPU, in ten minutes: parity, kernels, the G targets (ARGS=--quick; WHEELS=DIR offline)"
 	@echo "make protos            generate the Python stubs from protos/carousel/v1/*.proto"
 	@echo "make env               only make .venv (PYTHON=python3.12 chooses the interpreter)"
 	@echo "make clean             remove caches and build files; rm -rf .venv removes the environment"
@@ -74,9 +78,25 @@ bench-scheduler: $(READY)
 bench-cpu: $(READY)
 	$(BIN)/python -m bench.cpu --json bench/results/cpu.jsonl $(ARGS)
 
+# The post's experiment, scaled to this CPU; ARGS='--seed 1' adds another draw, ARGS=--full is for a GPU. Then the pictures, and
+# the tables between the marks of README and docs.
+bench-anyscale: $(READY)
+	$(BIN)/python -c 'import matplotlib' 2>/dev/null || PIP_USER=0 $(BIN)/python -m pip install -c constraints.txt -e '.[bench]'
+	$(BIN)/python -m bench.anyscale --json bench/results/anyscale.jsonl $(ARGS)
+	$(BIN)/python -m bench.anyscale_report --json bench/results/anyscale.jsonl --html docs/anyscale.html --images docs/img
+	$(BIN)/python -m bench.written
+
 # Each peer gets an environment of its own in bench/peers/.envs (7 GB in all); `rm -rf` it to be rid of them.
 bench-peers: $(READY)
 	$(BIN)/python -m bench.peers.run --json bench/results/peers.jsonl $(ARGS)
+
+bench-journal: $(READY)
+	$(BIN)/python -m bench.journal --json bench/results/journal.jsonl $(ARGS)
+
+# In .venv if it is there, else with python3, as GPU machines bring their own torch; PYTHON=… chooses. WHEELS: a folder of wheels
+# for what is missing there. Nothing is installed for good.
+gpu-check:
+	$(or $(PYTHON),$(if $(wildcard $(READY)),$(BIN)/python,python3)) -m bench.gpu_check --json bench/results/gpu.jsonl $(if $(WHEELS),--wheels '$(WHEELS)') $(ARGS)
 
 protos: $(READY)
 	$(BIN)/python protos/generate.py

@@ -29,9 +29,11 @@ from rich.table import Table
 from bench import provenance
 from kvcache.prefix_index import hash_blocks, root
 from scheduler.core import Core, CoreConfig
+from scheduler.step_meter import StepMeter
 from wire import (
     AddHeader,
     AddRequest,
+    Heartbeat,
     PlanHeader,
     ResultHeader,
     SamplingSpec,
@@ -88,8 +90,9 @@ def request(number: int, block_size: int) -> AddRequest:
     return AddRequest(header, prompt, np.frombuffer(hash_blocks(KEY, prompt, block_size), np.uint8))
 
 
-def step_costs(rows: int, waiting: int, block_size: int, steps: int) -> StepCosts:
+def step_costs(rows: int, waiting: int, block_size: int, steps: int, with_metrics: bool = False) -> StepCosts:
     """All rows decode, in a pool that suffices, while `waiting` requests of a hundred tenants wait for a row."""
+    meter = StepMeter(rows) if with_metrics else None
     config = CoreConfig(max_batch_rows=rows, max_step_tokens=max(rows, 8192), max_queue_requests=1_000_000)
     core = Core(config)
     core.worker_joined(facts(rows, block_size), 0)
@@ -106,14 +109,18 @@ def step_costs(rows: int, waiting: int, block_size: int, steps: int) -> StepCost
             start = time.process_time_ns()
             while (plan := core.plan(now)) is not None:
                 pending.append(plan)
+                if meter is not None and plan.header.starts:
+                    meter.planned(core, plan)
             planned = time.process_time_ns()
             plan = pending.pop(0)
-            slots = core.in_flight[0].sampled
+            step, slots = core.in_flight[0], core.in_flight[0].sampled
             decodes = len(slots) == rows == len(plan.slots) and not plan.header.starts
             header = ResultHeader(0, plan.header.epoch, plan.header.step_id, 1_000_000)
             result = StepResult(header, tokens[: len(slots)], slots.astype(np.uint16))
             before = time.process_time_ns()
             core.apply(result, now)
+            if meter is not None:
+                meter.result(step, result, now)
             spent = time.process_time_ns() - before + planned - start
             credit(core, slots, now)
             if decodes:
@@ -156,7 +163,8 @@ def round_trips(rows: int, rounds: int) -> tuple[float, float]:
             nonlocal step
             plan = StepPlan(PlanHeader(0, 1, step), num_tokens=np.ones(rows, np.int32), slots=slots)
             send(socket, identity, encode(plan))
-            result = decode(socket.recv_multipart()[1:])
+            while isinstance(result := decode(socket.recv_multipart()[1:]), Heartbeat):
+                pass
             assert isinstance(result, StepResult) and len(result.tokens) == rows and result.header.step_id == step
             step += 1
 
@@ -237,17 +245,18 @@ def plot(costs: list[StepCosts], path: Path) -> None:
 
 @click.command(help=__doc__)
 @click.option("--quick", is_flag=True, help="Up to 1,024 rows and 10,000 waiting, fewer steps.")
+@click.option("--metrics", is_flag=True, help="S1 as in a server with --metrics-port.")
 @click.option("--block-size", default=16, show_default=True)
 @click.option("--json", "json_path", type=click.Path(path_type=Path), help="Appends the figures to this file.")
 @click.option("--plot", "plot_path", type=click.Path(path_type=Path), help="Draws them (PNG or SVG; needs matplotlib).")
-def main(quick: bool, block_size: int, json_path: Path | None, plot_path: Path | None) -> None:
+def main(quick: bool, metrics: bool, block_size: int, json_path: Path | None, plot_path: Path | None) -> None:
     all_rows = [64, 256, 1024] if quick else [16, 64, 256, 1024, 4096, 16_384]
     all_waiting = [0, 10_000] if quick else [0, 10_000, 100_000]
     cases = [(rows, waiting) for rows in all_rows for waiting in ([10_000] if rows != 256 else all_waiting)]
     console = Console(stderr=True)
     costs = []
     for rows, waiting in track(cases, "S1", console=console, transient=True):
-        costs.append(step_costs(rows, waiting, block_size, steps=128 if quick else 512))
+        costs.append(step_costs(rows, waiting, block_size, steps=128 if quick else 512, with_metrics=metrics))
     codec, row_bytes = codec_costs(1024, 500 if quick else 5000)
     rounds = 500 if quick else 5000
     p50, p99 = round_trips(64, rounds)
@@ -276,6 +285,7 @@ def main(quick: bool, block_size: int, json_path: Path | None, plot_path: Path |
         line = provenance.provenance("core") | {
             "block_size": block_size,
             "prefix_caching": True,
+            "metrics": metrics,
             "steps": [{name: getattr(cost, name) for name in StepCosts.__dataclass_fields__} for cost in costs],
             "codec_us_1024_rows": codec,
             "bytes_per_row": row_bytes,

@@ -1,6 +1,6 @@
 """A gRPC caller at the level of HTTP/2 frames, for measurements: it costs a small part of what a server does.
 
-Calls over plain connections on loopback, from one thread. What comes is kept as it came, whole messages in order; looking into
+Calls over plain or TLS connections, from one thread. What comes is kept as it came, whole messages in order; looking into
 it is for afterwards. Our own, because any client library in Python costs as much as the server that it is to measure. Knows
 frames (RFC 9113) and gRPC's five bytes before a message; nothing of what is said.
 """
@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 import selectors
 import socket
+import ssl
 import struct
 import time
 from collections.abc import Iterator, Sequence
@@ -25,6 +26,8 @@ _MOST_DATA = 16_384  # of one frame
 _READ = 1 << 18  # bytes at a time
 _WIDEN_AFTER = 1 << 28  # bytes read, until the peer is told that they were
 _FRAME = struct.Struct(">HBBBL")  # length (high, low), type, flags, stream
+_CONNECT_S = 10.0
+_NOT_NOW = (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
 _PREFIX = struct.Struct(">BL")  # of a message: compressed or not, length
 
 
@@ -33,11 +36,22 @@ class CallError(Exception):
 
 
 @dataclass(frozen=True, slots=True)
+class Peer:
+    """Who is called."""
+
+    host: str
+    port: int
+    tls: ssl.SSLContext | None = None  # that offers h2; None: in the clear
+    headers: tuple[tuple[str, str], ...] = ()  # of every call, such as a token
+
+
+@dataclass(frozen=True, slots=True)
 class Call:
     """What is said in one call, all at once; the caller's side is closed then."""
 
     path: str
     messages: tuple[bytes, ...]
+    key: int = 0  # the caller's own; its answer has the same
 
 
 @dataclass(slots=True)
@@ -50,6 +64,8 @@ class Answer:
     ended_ns: int = 0
     status: int = -1  # gRPC's; −1: reset, or not told
     messages: list[bytes] = field(default_factory=list)
+    at_ns: list[int] = field(default_factory=list)  # of each message: when its last byte was read
+    key: int = 0
 
 
 class _Stream:
@@ -63,9 +79,12 @@ class _Stream:
 class _Connection:
     """Ended answers go into `ended`. holds: no message may come before `release`."""
 
-    def __init__(self, port: int, holds: bool) -> None:
-        self.socket = socket.create_connection(("127.0.0.1", port))
+    def __init__(self, to: Peer, holds: bool) -> None:
+        self._to = to
+        self.socket = socket.create_connection((to.host, to.port), timeout=_CONNECT_S)
         self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        if to.tls is not None:
+            self.socket = to.tls.wrap_socket(self.socket, server_hostname=to.host)
         self.socket.setblocking(False)
         self.ended: list[Answer] = []
         self.num_heard = 0  # calls, by their headers or their end
@@ -74,6 +93,7 @@ class _Connection:
         self._window, self._stream_window = _FIRST_WINDOW, _FIRST_WINDOW  # of what may be sent
         self._rest = b""  # of a frame of which more comes
         self._num_read = 0
+        self._now_ns = 0  # of the last read
         self._out = bytearray(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n")
         # No table for headers: what comes is then readable without remembering.
         window = 0 if holds else _LARGEST_WINDOW
@@ -87,8 +107,9 @@ class _Connection:
     def start(self, call: Call) -> None:
         number, self._next_stream = self._next_stream, self._next_stream + 2
         left = b"".join(_PREFIX.pack(0, len(message)) + message for message in call.messages)
-        self._streams[number] = _Stream(Answer(started_ns=time.monotonic_ns()), left, self._stream_window)
-        self._out += _frame(_HEADERS, _END_HEADERS, number, _request_headers(call.path))
+        answer = Answer(started_ns=time.monotonic_ns(), key=call.key)
+        self._streams[number] = _Stream(answer, left, self._stream_window)
+        self._out += _frame(_HEADERS, _END_HEADERS, number, _request_headers(call.path, self._to))
         self._put_data(number)
 
     def release(self) -> None:
@@ -104,17 +125,29 @@ class _Connection:
             self._out += _frame(_DATA, 0 if stream.left else _END_STREAM, number, part)
 
     def send(self) -> None:
+        """As much as the socket takes. Raises CallError."""
         try:
             while self._out:
                 del self._out[: self.socket.send(self._out)]
-        except BlockingIOError:
+        except _NOT_NOW:
             pass
+        except OSError as error:
+            raise CallError(f"the connection broke: {error.strerror or error}") from None
 
     def receive(self) -> None:
-        """Raises CallError."""
-        data = self.socket.recv(_READ)
+        """All that has come. Raises CallError."""
+        try:
+            data = self.socket.recv(_READ)
+            # TLS gives a record at a time, and what it has already read wakes nobody.
+            while isinstance(self.socket, ssl.SSLSocket) and self.socket.pending():
+                data += self.socket.recv(_READ)
+        except _NOT_NOW:
+            return
+        except OSError as error:
+            raise CallError(f"the connection broke: {error.strerror or error}") from None
         if not data:
             raise CallError("the server closed the connection")
+        self._now_ns = time.monotonic_ns()
         if self._rest:
             data = self._rest + data
         at, end = 0, len(data)
@@ -140,7 +173,7 @@ class _Connection:
     def _take_data(self, stream: _Stream, data: bytes) -> None:
         answer = stream.answer
         if not answer.first_ns:
-            answer.first_ns = time.monotonic_ns()
+            answer.first_ns = self._now_ns
         if stream.part:
             data = stream.part + data
         while len(data) >= 5:
@@ -148,6 +181,7 @@ class _Connection:
             if len(data) < size:
                 break
             answer.messages.append(data[5:size])
+            answer.at_ns.append(self._now_ns)
             data = data[size:]
         stream.part = data
 
@@ -196,13 +230,13 @@ class _Connection:
 
     def _hear(self, answer: Answer) -> None:
         if not answer.heard_ns:
-            answer.heard_ns = time.monotonic_ns()
+            answer.heard_ns = self._now_ns
             self.num_heard += 1
 
     def _end(self, number: int) -> None:
         answer = self._streams.pop(number).answer
         self._hear(answer)
-        answer.ended_ns = time.monotonic_ns()
+        answer.ended_ns = self._now_ns
         self.ended.append(answer)
 
 
@@ -211,16 +245,24 @@ def _frame(kind: int, flags: int, number: int, payload: bytes) -> bytes:
     return _FRAME.pack(size >> 8, size & 0xFF, kind, flags, number) + payload
 
 
-def _request_headers(path: str) -> bytes:
-    """POST over plain HTTP; the rest as literals that nobody need remember."""
-    literals = ((b"te", b"trailers"), (b"content-type", b"application/grpc"))
-    named = (b"\x00" + _text(name) + _text(value) for name, value in literals)
-    return b"\x83\x86\x04" + _text(path.encode()) + b"\x01" + _text(b"localhost") + b"".join(named)
+def _request_headers(path: str, to: Peer) -> bytes:
+    """POST over HTTP; the rest as literals that nobody need remember."""
+    literals = (("te", "trailers"), ("content-type", "application/grpc"), *to.headers)
+    named = (b"\x00" + _text(name.encode()) + _text(value.encode()) for name, value in literals)
+    scheme = b"\x86" if to.tls is None else b"\x87"
+    authority = to.host.encode()
+    return b"\x83" + scheme + b"\x04" + _text(path.encode()) + b"\x01" + _text(authority) + b"".join(named)
 
 
 def _text(value: bytes) -> bytes:
-    assert len(value) < 127, "a longer one has a length of several bytes"
-    return bytes([len(value)]) + value
+    size = len(value)
+    if size < 127:
+        return bytes([size]) + value
+    length, size = bytearray([127]), size - 127  # RFC 7541, section 5.1
+    while size >= 128:
+        length.append(size & 127 | 128)
+        size >>= 7
+    return bytes(length) + bytes([size]) + value
 
 
 def _status(headers: bytes) -> int:
@@ -232,12 +274,14 @@ def _status(headers: bytes) -> int:
 class Caller:
     """So many connections; calls go to one after the other."""
 
-    def __init__(self, port: int, connections: int, holds: bool = False, patience_s: float = 60.0) -> None:
-        """holds: no message may come before the headers of all calls have. patience_s: most without any news."""
+    def __init__(self, to: Peer | int, connections: int, holds: bool = False, patience_s: float = 60.0) -> None:
+        """to: a port alone is one of loopback, in the clear. holds: no message may come before the headers of all calls have.
+        patience_s: most without any news in `run`. Raises OSError."""
         self._holds = holds
         self._patience_s = patience_s
         self._selector = selectors.DefaultSelector()
-        self._connections = [_Connection(port, holds) for _ in range(connections)]
+        peer = Peer("127.0.0.1", to) if isinstance(to, int) else to
+        self._connections = [_Connection(peer, holds) for _ in range(connections)]
         for connection in self._connections:
             self._selector.register(connection.socket, selectors.EVENT_READ, connection)
 
@@ -252,7 +296,9 @@ class Caller:
         waiting, answers = iter(calls), list[Answer]()
         started = self._start(waiting, at_once)
         while len(answers) < started:
-            news = self._turn()
+            news = self.turn(self._patience_s)
+            if news is None:
+                raise CallError(f"nothing came for {self._patience_s:g} s")
             answers += news
             if self._holds and sum(connection.num_heard for connection in self._connections) == len(calls):
                 self._holds = False
@@ -265,22 +311,26 @@ class Caller:
     def _start(self, calls: Iterator[Call], most: int) -> int:
         started = 0
         for call in itertools.islice(calls, most):
-            self._connections[0].start(call)
-            self._connections.append(self._connections.pop(0))
+            self.start(call)
             started += 1
         return started
 
-    def _turn(self) -> list[Answer]:
-        """Sends and receives; the answers that have ended meanwhile."""
+    def start(self, call: Call) -> None:
+        """It is sent with the next turn."""
+        self._connections[0].start(call)
+        self._connections.append(self._connections.pop(0))
+
+    def turn(self, wait_s: float) -> list[Answer] | None:
+        """Sends and receives; the answers that have ended meanwhile. None: nothing came in that time. Raises CallError."""
         for connection in self._connections:
             if connection.has_more_to_send:
                 connection.send()
                 wanted = selectors.EVENT_READ | (selectors.EVENT_WRITE if connection.has_more_to_send else 0)
                 if self._selector.get_key(connection.socket).events != wanted:
                     self._selector.modify(connection.socket, wanted, connection)
-        ready = self._selector.select(self._patience_s)
+        ready = self._selector.select(wait_s)
         if not ready:
-            raise CallError(f"nothing came for {self._patience_s:g} s")
+            return None
         answers: list[Answer] = []
         for key, events in ready:
             found: _Connection = key.data

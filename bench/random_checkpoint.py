@@ -39,10 +39,15 @@ def write(shape: Shape, folder: Path, seed: int = 0, max_len: int = 2048) -> Pat
     }
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config))
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(_DEMO / name, folder / name)
+    copy_tokenizer(folder)
     save_file(_tensors(shape, torch.Generator().manual_seed(seed)), folder / "model.safetensors")
     return folder
+
+
+def copy_tokenizer(folder: Path) -> None:
+    """The demo model's."""
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(_DEMO / name, folder / name)
 
 
 def _tensors(shape: Shape, random: torch.Generator) -> dict[str, torch.Tensor]:

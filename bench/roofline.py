@@ -77,6 +77,7 @@ SHAPES = {
         Shape("llama-2-13b", 40, 5120, 40, 40, 13824, 32_000, 4_096),
         Shape("opt-13b", 40, 5120, 40, 40, 20480, 50_272, 2_048, gated=False, tied=True, learnt_positions=2_050),
         Shape("mistral-7b", 32, 4096, 32, 8, 14336, 32_768, 32_768),
+        Shape("llama-30m", 8, 512, 8, 8, 1376, 8_192, 2_048, tied=True),
         Shape("smollm-135m", 30, 576, 9, 3, 1536, 49_152, 8_192, tied=True),
     )
 }

@@ -33,6 +33,7 @@ from client.retries import RESUME_WINDOW_MS, RETRIES, Attempts, check_retries, w
 from client.streams import Call, GenerateStream, Stream
 
 ANSWER_S = 30.0  # unary calls answer at once; later than this, something is wrong
+REPLACE_S = 1800.0  # but one that waits for a model to be loaded
 READY_RETRY_S = 0.05
 
 AnswerT = TypeVar("AnswerT")
@@ -208,6 +209,12 @@ class CarouselClient:
         """Ends the server as SIGTERM does: nothing new, those alive run to their end, then it exits. timeout_s: what they get,
         at most; the server's own limit can't be lengthened. Answers at once, and may be called again."""
         return self._ask(questions.drain(timeout_s))
+
+    def replace_worker(self, device: str | None = None) -> control_pb2.ReplaceWorkerResponse:
+        """Starts a new worker that takes the place of the one that computes; no request fails. device: auto, cpu, cuda or sim;
+        None: as the server was told. Returns once it computes, whatever the client's timeout for other calls. Raises
+        CarouselError (FAILED_PRECONDITION) when it does not come to that: the old one goes on."""
+        return self._ask(questions.replace_worker(device), REPLACE_S)
 
     # ------------------------------------------------------------------------------------------------------- start
 

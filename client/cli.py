@@ -30,6 +30,7 @@ from client.printing import advice, closed_pipe, harmless, say, to_json
 from client.request_options import request_options
 from client.server import safe_environment, server_options
 from client.streams import GenerateStream
+from client.top.command import top
 
 _SIGNALLED = 128  # exit codes of a process that a signal ended start here
 _INTERRUPTED = _SIGNALLED + signal.SIGINT
@@ -57,8 +58,15 @@ def carousel() -> None:
 
 @carousel.command(context_settings=_SETTINGS)
 @click.option(
+    "--config",
+    metavar="FILE",
+    shell_complete=files,
+    help="TOML file of these options, each by its name with _ for -, as in max_batch_rows = 32. A flag goes before a variable"
+    " of the environment (CAROUSEL_MAX_BATCH_ROWS), that before the file, and that before the default.",
+)
+@click.option("--print-config", is_flag=True, help="Print all options, each with where its value comes from, and end.")
+@click.option(
     "--model",
-    required=True,
     metavar="DIR_OR_HUB_ID",
     shell_complete=folders,
     help="A checkpoint in the Hugging Face format: a folder with config.json, tokenizer.json and *.safetensors, or the id of"
@@ -125,7 +133,10 @@ def carousel() -> None:
     help="Memory of the KV cache, instead of --num-blocks.",
 )
 @click.option(
-    "--max-batch-rows", type=click.IntRange(1, 65535), metavar="N", help="Most requests in the batch at once. [default: 64; 256 on a GPU]"
+    "--max-batch-rows",
+    type=click.IntRange(1, 65535),
+    metavar="N",
+    help="Most requests in the batch at once. [default: 64; 256 on a GPU]",
 )
 @click.option(
     "--max-step-tokens",
@@ -182,9 +193,47 @@ def carousel() -> None:
     shell_complete=files,
     help="Write all that the scheduler is told and plans, for `carousel replay`.",
 )
+@click.option(
+    "--journal",
+    metavar="DIR",
+    shell_complete=folders,
+    help="Keep requests with a resume window and their tokens here: they outlive the scheduler, and go on where they were after"
+    " it, or the whole server, was killed. [default: they do not]",
+)
+@click.option(
+    "--journal-fsync",
+    metavar="POLICY",
+    help="When the journal is forced to the disk, which guards against loss of power, not against a kill: never, interval:MS or"
+    " always. [default: never]",
+)
+@click.option("--journal-limit-mib", type=click.FloatRange(8), metavar="MIB", help="Size of the journal. [default: 128]")
 @click.option("--record-limit-mib", type=click.FloatRange(1), metavar="MIB", help="The recording ends at this size.")
 @click.option("--threads", type=click.IntRange(1), metavar="N", help="Threads of the CPU worker. [default: one per core]")
 @click.option("--frontends", type=click.IntRange(1, 64), metavar="N", help="gRPC processes that share the port. [default: 1]")
+@click.option(
+    "--standby",
+    type=click.IntRange(0, 8),
+    metavar="N",
+    help="More workers that load the model and wait; one takes over at once when the worker is lost. [default: 0]",
+)
+@click.option(
+    "--worker-timeout",
+    type=click.FloatRange(1),
+    metavar="SECONDS",
+    help="Without a heartbeat, or of a step that uses no processor time, before the worker is lost. [default: 2]",
+)
+@click.option(
+    "--step-timeout",
+    type=click.FloatRange(0),
+    metavar="SECONDS",
+    help="How long one step may take before the worker is lost; 0: any time. [default: 0]",
+)
+@click.option(
+    "--inner-address",
+    metavar="tcp://HOST:PORT",
+    help="Workers on other machines join here, encrypted; none is started on this one. Needs --inner-keys.",
+)
+@click.option("--inner-keys", metavar="DIR", shell_complete=folders, help="Its keys, as `carousel keys` makes them.")
 @click.option(
     "--drain-timeout",
     type=click.FloatRange(0),
@@ -192,6 +241,27 @@ def carousel() -> None:
     help="How long running requests may go on after Ctrl-C or SIGTERM; a second Ctrl-C ends at once. [default: 30]",
 )
 @click.option("--log-level", type=click.Choice(["debug", "info", "warning", "error"]), help="[default: info]")
+@click.option(
+    "--log-format", type=click.Choice(["text", "json"]), help="Of the lines on stderr; json: an object a line. [default: text]"
+)
+@click.option("--no-request-log", is_flag=True, help="No line for each request that ends.")
+@click.option(
+    "--metrics-port",
+    type=click.IntRange(0, 65535),
+    metavar="N",
+    help="Port of http://HOST:PORT/metrics for Prometheus; 0: any free one. [default: none, nothing is measured]",
+)
+@click.option(
+    "--metrics-host",
+    metavar="ADDRESS",
+    help="Address to serve metrics on. They name tenants, and everybody may read them. [default: 127.0.0.1]",
+)
+@click.option(
+    "--otlp-endpoint",
+    metavar="URL",
+    help="Send a trace of each request to this OpenTelemetry collector (gRPC), as http://127.0.0.1:4317. Needs the extra"
+    " `tracing`. [default: no tracing]",
+)
 @click.argument("scheduler_options", nargs=-1, type=click.UNPROCESSED, metavar="[-- MORE_OPTIONS]")
 def serve(scheduler_options: tuple[str, ...], **options: str | float | tuple[str, ...] | None) -> NoReturn:
     """Serve a model in the foreground, until Ctrl-C.
@@ -202,14 +272,38 @@ def serve(scheduler_options: tuple[str, ...], **options: str | float | tuple[str
     \b
     Examples:
       carousel serve --model ./my-checkpoint
+      carousel serve --config carousel.toml --print-config
       carousel serve --model some-org/some-model --revision main --port 8001
       carousel serve --model ./my-checkpoint --device cpu --threads 2 --kv-memory-gib 2
     """
+    elsewhere = scheduler_options or any(os.environ.get(name) for name in ("CAROUSEL_MODEL", "CAROUSEL_CONFIG"))
+    if not (options["model"] or options["config"] or options["print_config"] or elsewhere):
+        raise click.UsageError("say what to serve with --model DIR_OR_HUB_ID")
     _become("scheduler", *server_options(options), *scheduler_options)
 
 
 def _become(module: str, *arguments: str) -> NoReturn:
     os.execve(sys.executable, [sys.executable, "-m", module, *arguments], safe_environment())
+
+
+# ------------------------------------------------------------------------------------------------------------------ keys
+
+
+@carousel.command(context_settings=_SETTINGS)
+@click.argument("folder", metavar="DIR", shell_complete=folders)
+def keys(folder: str) -> NoReturn:
+    """Make the keys of an encrypted link between a scheduler and workers on other machines.
+
+    DIR then holds core.key, core.key_secret, worker.key and worker.key_secret. The scheduler's machine needs core.key_secret
+    and worker.key, a worker's machine worker.key_secret and core.key; nobody else may read the secret ones.
+
+    \b
+    Example:
+      carousel keys ./keys
+      carousel serve --model M --inner-address tcp://10.0.0.1:7000 --inner-keys ./keys
+      python -m worker --model M --connect tcp://10.0.0.1:7000 --keys ./keys
+    """
+    _become("scheduler", "keys", folder)
 
 
 # ---------------------------------------------------------------------------------------------------------------- replay
@@ -236,6 +330,32 @@ def simulate(arguments: tuple[str, ...]) -> NoReturn:
     `carousel simulate --help` lists the options.
     """
     _become("bench.simulate", *arguments)
+
+
+# ----------------------------------------------------------------------------------------------------------------- bench
+
+
+@carousel.command(context_settings=_SETTINGS | {"ignore_unknown_options": True, "help_option_names": []})
+@click.argument("arguments", nargs=-1, type=click.UNPROCESSED, metavar="[OPTIONS]")
+def bench(arguments: tuple[str, ...]) -> NoReturn:
+    """Load a running server: throughput, latencies, goodput under seeded workloads.
+
+    `carousel bench --help` lists the options.
+    """
+    _become("bench.load", *arguments)
+
+
+# ------------------------------------------------------------------------------------------------------------------ draw
+
+
+@carousel.command(context_settings=_SETTINGS | {"ignore_unknown_options": True, "help_option_names": []})
+@click.argument("arguments", nargs=-1, type=click.UNPROCESSED, metavar="[RECORDING] [OPTIONS]", shell_complete=files)
+def draw(arguments: tuple[str, ...]) -> NoReturn:
+    """Draw the batch step by step, three policies side by side, and the KV cache, from a recording or a running server.
+
+    `carousel draw --help` lists the options.
+    """
+    _become("bench.draw", *arguments)
 
 
 # -------------------------------------------------------------------------------------------------------------- generate
@@ -464,7 +584,7 @@ def _say_stats(stream: GenerateStream, elapsed_s: float) -> None:
     )
 
 
-for _command in (batch_command.batch, *control_commands.COMMANDS, token_command.token):
+for _command in (batch_command.batch, *control_commands.COMMANDS, token_command.token, top):
     carousel.add_command(_command)
 
 

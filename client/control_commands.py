@@ -1,4 +1,5 @@
-"""The commands that ask a running server about its work, and change it: policy, load, requests, explain, blocks, drain."""
+"""The commands that ask a running server about its work, and change it: policy, load, requests, explain, blocks, drain,
+replace-worker."""
 
 from __future__ import annotations
 
@@ -153,6 +154,29 @@ def drain(timeout: float | None, client: CarouselClient, as_json: bool) -> None:
         return
     count = {0: "no request is", 1: "1 request is"}.get(told.live_requests, f"{told.live_requests} requests are")
     write_line(f"draining: {count} alive; ends within {_time(told.left_ms * _MS)}")
+
+
+# -------------------------------------------------------------------------------------------------------- replace-worker
+
+
+@click.command("replace-worker", context_settings=_SETTINGS)
+@click.option(
+    "--device",
+    type=click.Choice(["auto", "cpu", "cuda", "sim"]),
+    help="Where the new worker computes. [default: as the server was told]",
+)
+@_asking
+def replace_worker(device: str | None, client: CarouselClient, as_json: bool) -> None:
+    """Start a new worker, of the code that is installed now, in place of the one that computes. No request fails.
+
+    Returns once the new one computes. When it does not come to that, the old one goes on, and the exit code is 1.
+
+    \b
+    Example:
+      carousel replace-worker
+    """
+    told = client.replace_worker(device)
+    write_line(to_json(told) if as_json else f"worker (pid {told.pid}) computes now, epoch {told.epoch}")
 
 
 # -------------------------------------------------------------------------------------------------------------- requests
@@ -361,4 +385,4 @@ def _time(ns: int) -> str:
     return f"{ns / _SECOND:.2f} s" if ns < 10 * _SECOND else f"{ns / _SECOND:.1f} s"
 
 
-COMMANDS: tuple[Any, ...] = (policy, load, requests, explain, blocks, drain)
+COMMANDS: tuple[Any, ...] = (policy, load, requests, explain, blocks, drain, replace_worker)

@@ -14,9 +14,12 @@ from carousel.v1 import generation_pb2 as pb
 from client.errors import CarouselError, ServerUnreachableError, explained
 from client.retries import Attempts, is_retryable
 
+_CORE_LOST = "CORE_LOST"  # the server's word for a part of it that died with the request, and may have kept it
+
 
 class _Phase(Enum):
-    """SENT -> FLOWING -> RESUMING -> FLOWING …, each of them -> OVER; a request that is only attached to starts RESUMING."""
+    """SENT -> FLOWING -> RESUMING -> FLOWING …, each of them -> OVER; a request that is only attached to starts RESUMING. SENT
+    -> RESUMING -> SENT: the server can't say whether it has the request."""
 
     SENT = auto()  # Generate was called, nothing has come
     FLOWING = auto()  # the call gives events
@@ -44,7 +47,7 @@ class Progress:
         self.summary: pb.Summary | None = None
         self._request, self._window_s, self._attempts, self._own_id = request, window_ms / 1000, attempts, own_id
         self._seen: dict[int, _Seen] = {}
-        self._may_be_alive = False  # an attempt to begin it broke off without the server's word
+        self._may_be_alive = False  # an attempt to begin it broke off, perhaps after it had begun
         self._resumed = False
         self._broken: CarouselError | None = None  # what the caller hears if it can't be resumed
         self._resumes = attempts
@@ -136,6 +139,9 @@ class Progress:
                 delay_s = self._after_sent(error, now_s, draw)
             case _Phase.FLOWING if error.code is grpc.StatusCode.UNAVAILABLE and self._window_s:
                 delay_s = self._resume(error, now_s, draw)
+            case _Phase.RESUMING if error.code is grpc.StatusCode.NOT_FOUND and self._may_begin_again:
+                self._phase = _Phase.SENT
+                delay_s = self._attempts.delay_s(error, now_s, draw)
             case _Phase.RESUMING if is_retryable(error, idempotent=False):
                 delay_s = self._resumes.delay_s(error, now_s, draw)
             case _:
@@ -147,6 +153,11 @@ class Progress:
             raise error from None
         raise explained(self._broken, f"it could not be resumed: {error.message}") from None
 
+    @property
+    def _may_begin_again(self) -> bool:
+        """Nothing has come of it, and the server has not kept it."""
+        return self._broken is not None and self._broken.reason == _CORE_LOST and not self._seen
+
     def _after_sent(self, error: CarouselError, now_s: float, draw: float) -> float | None:
         if error.code is grpc.StatusCode.ALREADY_EXISTS and self._own_id and self._may_be_alive:
             if self._window_s:
@@ -155,6 +166,8 @@ class Progress:
             return self._attempts.delay_s(error, now_s, draw)  # until the server hears that its stream has gone
         if not is_retryable(error, idempotent=False):
             return None
+        if error.reason == _CORE_LOST and self._own_id and self._window_s:
+            return self._resume(error, now_s, draw)
         self._may_be_alive |= isinstance(error, ServerUnreachableError)
         return self._attempts.delay_s(error, now_s, draw)
 

@@ -106,6 +106,10 @@ def drain(timeout_s: float | None) -> Question[control_pb2.DrainResponse]:
     return Question(ControlStub, "Drain", control_pb2.DrainRequest(timeout_ms=timeout_ms), _whole)
 
 
+def replace_worker(device: str | None) -> Question[control_pb2.ReplaceWorkerResponse]:
+    return Question(ControlStub, "ReplaceWorker", control_pb2.ReplaceWorkerRequest(device=device), _whole)
+
+
 def watch_load_request(interval_s: float | None) -> control_pb2.WatchLoadRequest:
     """interval_s: 0.1 to 60; None: the server's default."""
     return control_pb2.WatchLoadRequest(interval_ms=None if interval_s is None else round(interval_s * 1000))

@@ -25,6 +25,7 @@ from client.api import CarouselClient
 from client.errors import CarouselError
 
 _LIFELINE_FD = "CAROUSEL_LIFELINE_FD"  # the supervisor's word for it, too
+_NO_REQUEST_LOG = "CAROUSEL_NO_REQUEST_LOG"  # nobody reads the log but for what went wrong
 _POLL_S = 0.1
 _CALL_S = 0.5
 _TELL_EVERY_S = 10.0
@@ -87,7 +88,7 @@ class OwnServer:
                 stdin=subprocess.DEVNULL,
                 stdout=self._log,
                 stderr=subprocess.STDOUT,
-                env=safe_environment() | {_LIFELINE_FD: str(theirs)},
+                env=safe_environment() | {_LIFELINE_FD: str(theirs), _NO_REQUEST_LOG: "1"},
                 pass_fds=(theirs,),
                 process_group=0,
             )

@@ -1,6 +1,7 @@
-"""`python -m scheduler OPTIONS` is the service; `… engine JSON` and `… frontend JSON` are the processes that it starts.
+"""`python -m scheduler OPTIONS` is the service; `… engine JSON`, `… frontend JSON`, `… exporter JSON` are the processes that it
+starts.
 
-`python -m scheduler replay FILE` runs the core on a recording.
+`python -m scheduler replay FILE` runs the core on a recording; `… keys DIR` makes the keys of an encrypted link.
 """
 
 from __future__ import annotations
@@ -16,6 +17,10 @@ def main() -> int:
 
         replay_command(sys.argv[2:], prog_name="carousel replay")
     role = sys.argv[1] if len(sys.argv) == 3 else ""
+    if role == "keys":
+        from scheduler import curve
+
+        return curve.main(sys.argv[2])
     if role == "engine":
         from scheduler import engine
         from scheduler.config import EngineConfig
@@ -26,6 +31,11 @@ def main() -> int:
         from scheduler.frontend.main import run
 
         return run(msgspec.json.decode(sys.argv[2], type=FrontendConfig))
+    if role == "exporter":
+        from scheduler import exporter
+        from scheduler.config import ExporterConfig
+
+        return exporter.run(msgspec.json.decode(sys.argv[2], type=ExporterConfig))
     from scheduler.main import serve_command
 
     return int(serve_command(prog_name="python -m scheduler") or 0)

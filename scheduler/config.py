@@ -19,7 +19,29 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     log_level: str
     record: str = ""  # file for the core's inputs and plans; empty: none
     record_limit_mib: float = 0.0  # its largest size; 0: no limit
+    log_format: str = "text"  # or json
+    metrics: bool = False  # whether steps are measured for whoever asks with MetricsQuery
+    journal: str = ""  # folder of what outlives this process; empty: nothing does
+    journal_model: str = ""  # the model's name and fingerprint, which must be those of the journal
+    journal_fsync: str = "never"  # never, always or interval:MS
+    journal_limit_mib: float = 128.0
+    worker_timeout_s: float = 2.0  # without a heartbeat of a worker, or of a step that uses no processor time
+    step_timeout_s: float = 0.0  # that one step may take; 0: any time
+    control_fd: int = -1  # where the supervisor tells what became of a new worker; -1: nowhere
+    worker_keys: str = ""  # folder of the keys of an encrypted worker_endpoint
     dump_folder: str = ""  # for what led to a failure of the core; empty: the system's folder for temporary files
+
+
+class ExporterConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """The process that serves metrics."""
+
+    core_endpoint: str
+    host: str
+    port: int
+    folder: str  # of the other processes' files
+    served_model_name: str
+    log_level: str
+    log_format: str
 
 
 class ServeConfig(msgspec.Struct, frozen=True, kw_only=True):
@@ -36,6 +58,20 @@ class ServeConfig(msgspec.Struct, frozen=True, kw_only=True):
     key_file: str = ""  # hashed keys of those who may call; empty: everybody may
     drain_timeout_s: float = 30.0
     log_level: str = "info"
+    log_format: str = "text"
+    request_log: bool = True
+    metrics_host: str = "127.0.0.1"
+    metrics_port: int | None = None  # None: nothing is measured
+    otlp_endpoint: str = ""  # of an OpenTelemetry collector; empty: no tracing
+    chosen: tuple[str, ...] = ()  # options that were set, each with its value and where it was set; for the log
     record: str = ""
     record_limit_mib: float = 0.0
+    journal: str = ""  # folder; empty: a core that dies ends the server
+    journal_fsync: str = "never"
+    journal_limit_mib: float = 128.0
+    standby: int = 0  # workers that have loaded the model and wait for the loss of the one that computes
+    worker_timeout_s: float = 2.0
+    step_timeout_s: float = 0.0
+    inner_address: str = ""  # tcp:// address where workers on other machines join; then none is started here
+    inner_keys: str = ""  # folder of its keys
     worker_options: tuple[str, ...] = ()  # handed to `python -m worker` as they are

@@ -89,6 +89,12 @@ class NoChatTemplateError(RequestError):
     status = "FAILED_PRECONDITION"
 
 
+class NotReplacedError(RequestError):
+    """The worker that computes stays."""
+
+    status = "FAILED_PRECONDITION"
+
+
 class UnavailableError(RequestError):
     """Nobody can compute now; later somebody may."""
 

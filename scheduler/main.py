@@ -8,17 +8,25 @@ from typing import cast
 
 import click
 
-from scheduler.command import OneLineCommand
 from scheduler.config import ServeConfig
 from scheduler.core import CoreConfig
 from scheduler.core.config import TenantLimits
 from scheduler.frontend.config import TlsFiles
+from scheduler.journal import Fsync
+from scheduler.settings import ConfiguredCommand, load_file, printed, sources
 
 
-@click.command(cls=OneLineCommand, context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
+@click.command(cls=ConfiguredCommand, context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
 @click.option(
-    "--model", required=True, metavar="DIR_OR_HUB_ID", help="Checkpoint directory, or a model id of the Hugging Face hub."
+    "--config",
+    metavar="FILE",
+    is_eager=True,
+    callback=load_file,
+    help="TOML file of options, each by its name with _ for -, as in max_batch_rows = 32. A flag goes before a variable of the"
+    " environment (CAROUSEL_MAX_BATCH_ROWS), that before the file, and that before the default.",
 )
+@click.option("--print-config", is_flag=True, help="Print all options, each with where its value comes from, and end.")
+@click.option("--model", metavar="DIR_OR_HUB_ID", help="Checkpoint directory, or a model id of the Hugging Face hub.")
 @click.option("--revision", help="Branch, tag or commit of a hub id.")
 @click.option("--served-model-name", help="Name in GetServerInfo. [default: last part of --model]")
 @click.option(
@@ -101,6 +109,18 @@ from scheduler.frontend.config import TlsFiles
 )
 @click.option("--record", metavar="FILE", help="Write all that the core is told and plans, for `carousel replay`.")
 @click.option("--record-limit-mib", type=click.FloatRange(1), help="The recording ends at this size.")
+@click.option(
+    "--journal",
+    metavar="DIR",
+    help="Keep requests with a resume window and their tokens here: they outlive the scheduler, and go on where they were after"
+    " it, or the whole server, was killed. [default: they do not]",
+)
+@click.option(
+    "--journal-fsync",
+    metavar="never|interval:MS|always",
+    help="When the journal is forced to the disk, which guards against loss of power, not against a kill. [default: never]",
+)
+@click.option("--journal-limit-mib", type=click.FloatRange(8), help="Size of the journal. [default: 128]")
 @click.option("--max-model-len", type=click.IntRange(2), help="Tokens of prompt and output together. [default: the model's]")
 @click.option("--block-size", type=click.IntRange(16, 128), default=16, help="Tokens of one KV-cache block.")
 @click.option("--num-blocks", type=click.IntRange(1), help="Blocks of the KV cache. [default: what the memory allows]")
@@ -110,18 +130,66 @@ from scheduler.frontend.config import TlsFiles
 @click.option("--swap-gib", type=click.FloatRange(0), help="Host memory for preempted requests. [default: the worker's choice]")
 @click.option("--threads", type=click.IntRange(1), help="Threads of the CPU worker. [default: one per core]")
 @click.option(
+    "--standby",
+    type=click.IntRange(0, 8),
+    default=0,
+    help="More workers that load the model and wait; one takes over at once when the worker is lost. Each needs its memory.",
+)
+@click.option(
+    "--worker-timeout",
+    type=click.FloatRange(1),
+    default=2.0,
+    help="Seconds without a heartbeat of the worker, or of a step that uses no processor time, after which it is lost.",
+)
+@click.option(
+    "--step-timeout",
+    type=click.FloatRange(0),
+    default=0.0,
+    help="Seconds that one step may take before the worker is lost; 0: any time. For GPUs, whose steps use no processor.",
+)
+@click.option(
+    "--inner-address",
+    metavar="tcp://HOST:PORT",
+    help="Workers on other machines join here, encrypted; none is started on this one. Needs --inner-keys.",
+)
+@click.option("--inner-keys", metavar="DIR", help="Its keys, as `carousel keys` makes them.")
+@click.option(
     "--drain-timeout", type=click.FloatRange(0), default=30.0, help="Seconds that running requests get after SIGTERM or Ctrl-C."
 )
 @click.option("--log-level", type=click.Choice(["debug", "info", "warning", "error"]), default="info")
-def serve_command(**options: object) -> int:
+@click.option(
+    "--log-format", type=click.Choice(["text", "json"]), default="text", help="Of the lines on stderr; json: an object a line."
+)
+@click.option("--no-request-log", is_flag=True, help="No line for each request that ends.")
+@click.option(
+    "--metrics-port",
+    type=click.IntRange(0, 65535),
+    help="Port of http://HOST:PORT/metrics for Prometheus; 0: any free one. [default: none, nothing is measured]",
+)
+@click.option(
+    "--metrics-host", default="127.0.0.1", help="Address to serve metrics on. They name tenants, and everybody may read them."
+)
+@click.option(
+    "--otlp-endpoint",
+    metavar="URL",
+    help="Send a trace of each request to this OpenTelemetry collector (gRPC), as http://127.0.0.1:4317. Needs the extra"
+    " `tracing`. [default: no tracing]",
+)
+@click.pass_context
+def serve_command(ctx: click.Context, /, **options: object) -> int:
     """Serve a model: one scheduler with its gRPC front ends, and one worker."""
     from scheduler.supervisor import serve
 
+    if options["model"] is None and not options["print_config"]:
+        raise click.UsageError("say what to serve with --model DIR_OR_HUB_ID", ctx)
     try:
-        config = config_from(options)
+        config = config_from(options, sources(ctx))
     except ValueError as error:
         print(f"carousel: {error}", file=sys.stderr)
         sys.exit(2)
+    if options["print_config"]:
+        print("\n".join(printed(ctx)))
+        return 0
     sys.exit(serve(config))
 
 
@@ -139,11 +207,14 @@ _WORKER_OPTIONS = (
     "threads",
     "max_batch_rows",
     "max_step_tokens",
+    "log_level",
+    "log_format",
 )
 
 
-def config_from(options: dict[str, object]) -> ServeConfig:
-    """The configuration for these options. Raises ValueError when they contradict one another."""
+def config_from(options: dict[str, object], came_from: dict[str, str] | None = None) -> ServeConfig:
+    """The configuration for these options. came_from: of those that were set, where. Raises ValueError when they contradict
+    one another."""
     _check(options)
     worker_options: list[str] = []
     for name in _WORKER_OPTIONS:
@@ -167,7 +238,7 @@ def config_from(options: dict[str, object]) -> ServeConfig:
     core["target_itl_ns"] = round(float(str(options["target_itl_ms"])) * 1e6)
     core["prefix_caching"] = not options["no_prefix_caching"]
     core["tenants"] = tuple(_tenant(text) for text in cast(tuple[str, ...], options["tenants"]))
-    model = str(options["model"])
+    model = str(options["model"] or "")
     return ServeConfig(
         core=CoreConfig(**core),  # type: ignore[arg-type]
         model=model,
@@ -180,10 +251,30 @@ def config_from(options: dict[str, object]) -> ServeConfig:
         key_file=str(options["tokens"] or ""),
         drain_timeout_s=float(str(options["drain_timeout"])),
         log_level=str(options["log_level"]),
+        log_format=str(options["log_format"]),
+        request_log=not options["no_request_log"],
+        metrics_host=str(options["metrics_host"]),
+        metrics_port=cast(int | None, options["metrics_port"]),
+        otlp_endpoint=str(options["otlp_endpoint"] or ""),
+        chosen=_chosen(options, came_from or {}),
         record=str(options["record"] or ""),
         record_limit_mib=float(str(options["record_limit_mib"] or 0)),
+        standby=int(str(options["standby"])),
+        worker_timeout_s=float(str(options["worker_timeout"])),
+        step_timeout_s=float(str(options["step_timeout"])),
+        inner_address=str(options["inner_address"] or ""),
+        inner_keys=str(options["inner_keys"] or ""),
+        journal=str(options["journal"] or ""),
+        journal_fsync=str(options["journal_fsync"] or "never"),
+        journal_limit_mib=float(str(options["journal_limit_mib"] or 128)),
         worker_options=tuple(worker_options),
     )
+
+
+def _chosen(options: dict[str, object], came_from: dict[str, str]) -> tuple[str, ...]:
+    """Each option that was set, for the log: its value and where it was set."""
+    values = options | {"tenant": " ".join(cast(tuple[str, ...], options["tenants"]))}
+    return tuple(f"{key}={values[key]} ({where})" for key, where in came_from.items())
 
 
 def _tls(options: dict[str, object]) -> TlsFiles | None:
@@ -209,10 +300,24 @@ def _check(options: dict[str, object]) -> None:
         if None not in (options[less], options[more]) and int(str(options[less])) > int(str(options[more])):
             names = [f"--{name.replace('_', '-')} {options[name]}" for name in (less, more)]
             raise ValueError(f"{names[0]} is more than {names[1]}: {why}")
+    address = str(options["inner_address"] or "")
+    if bool(address) != bool(options["inner_keys"]):
+        raise ValueError("--inner-address and --inner-keys go together: a link that leaves this machine is encrypted")
+    if address and not address.startswith("tcp://"):
+        raise ValueError(f"--inner-address {address}: write it as tcp://HOST:PORT")
+    if address and options["standby"]:
+        raise ValueError("--standby starts workers here, and with --inner-address none is: start one more there")
     if options["num_blocks"] is not None and options["kv_memory_gib"] is not None:
         raise ValueError("--num-blocks and --kv-memory-gib both say how large the KV cache is: give one of them")
+    endpoint = options["otlp_endpoint"]
+    if endpoint is not None and not str(endpoint).startswith(("http://", "https://")):
+        raise ValueError(f"--otlp-endpoint {endpoint}: write it with http:// or https://, as in http://127.0.0.1:4317")
     if options["record_limit_mib"] is not None and not options["record"]:
         raise ValueError("--record-limit-mib is the size of a recording: say where with --record FILE")
+    for name in ("journal_fsync", "journal_limit_mib"):
+        if options[name] is not None and not options["journal"]:
+            raise ValueError(f"--{name.replace('_', '-')} is about a journal: say where with --journal DIR")
+    Fsync(str(options["journal_fsync"] or "never"))
 
 
 _LIMITS = {"weight": "weight", "blocks": "max_blocks", "requests": "max_requests", "rate": "max_requests_per_s"}

@@ -5,6 +5,7 @@ Configuration and tokenizer only; weights are the worker's affair. Imports the h
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from pathlib import Path
@@ -39,6 +40,16 @@ def resolve(model: str, revision: str | None = None) -> Path:
     if directory.exists() or not _HUB_ID.fullmatch(model):
         raise ModelNotFoundError(f"no directory {model}, and not a hub id (like organisation/name)")
     return _from_hub(model, revision)
+
+
+def fingerprint(directory: Path) -> str:
+    """Of configuration and tokenizer: what the ids of a prompt mean, and to which kind of model. Weights are not looked at."""
+    digest = hashlib.blake2b(digest_size=8)
+    for name in ("config.json", "tokenizer.json"):
+        path = directory / name
+        content = path.read_bytes() if path.is_file() else b""
+        digest.update(len(content).to_bytes(8, "little") + content)
+    return digest.hexdigest()
 
 
 def _from_hub(model: str, revision: str | None) -> Path:

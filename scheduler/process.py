@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import ctypes
+import json
 import logging
 import os
 import signal
+from datetime import UTC, datetime
+from typing import Any
 
 SUPERVISOR_PID = "CAROUSEL_SUPERVISOR_PID"  # in the environment of every process that the supervisor starts
 # In the environment of a supervisor that a program starts for itself: the read end of a pipe whose other end is that program's.
@@ -38,8 +41,36 @@ def take_lifeline() -> int | None:
     return int(number) if number else None
 
 
-def log_to_stderr(role: str, level: str) -> None:
-    """One line an event: time, role, level, text."""
-    logging.basicConfig(
-        level=level.upper(), format=f"%(asctime)s {role}[%(process)d] %(levelname)s %(message)s", datefmt="%H:%M:%S"
-    )
+class Fields(dict[str, str | int | float]):
+    """The one argument of a log line whose parts have names: `log.info("request %s", Fields(…))`. What others have chosen is
+    quoted."""
+
+    def __str__(self) -> str:
+        return " ".join(f"{key}={value!r}" if isinstance(value, str) else f"{key}={value}" for key, value in self.items())
+
+
+class JsonFormatter(logging.Formatter):
+    """An object a line: time (UTC), role, pid, level, message; Fields each by its name."""
+
+    def __init__(self, role: str) -> None:
+        super().__init__()
+        self._role = role
+
+    def format(self, record: logging.LogRecord) -> str:
+        at = datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+        told: dict[str, Any] = {"time": at, "role": self._role, "pid": record.process, "level": record.levelname.lower()}
+        if isinstance(record.args, Fields):
+            told |= {"message": record.msg.removesuffix(" %s"), **record.args}
+        else:
+            told["message"] = record.getMessage()
+        if record.exc_info:
+            told["exception"] = self.formatException(record.exc_info)
+        return json.dumps(told, ensure_ascii=False)
+
+
+def log_to_stderr(role: str, level: str, form: str = "text") -> None:
+    """One line an event: time, role, level, text; or as JSON."""
+    handler = logging.StreamHandler()
+    text = logging.Formatter(f"%(asctime)s {role}[%(process)d] %(levelname)s %(message)s", datefmt="%H:%M:%S")
+    handler.setFormatter(JsonFormatter(role) if form == "json" else text)
+    logging.basicConfig(level=level.upper(), handlers=[handler])

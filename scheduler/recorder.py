@@ -26,6 +26,7 @@ from wire import (
     CancelQuery,
     Credit,
     Refused,
+    RestoreRequest,
     SetPolicyQuery,
     StepPlan,
     StepResult,
@@ -79,6 +80,10 @@ class Recorded:
     def add(self, add: AddRequest, frontend: int, now: int) -> Refused | None:
         self._note(Event(Verb.ADD, now, frontend, message=add))
         return self._do(self.core.add, add, frontend, now)
+
+    def restore(self, restored: RestoreRequest, frontend: int, now: int) -> str:
+        self._note(Event(Verb.RESTORE, now, frontend, message=restored))
+        return self._do(self.core.restore, restored, frontend, now)
 
     def abort(self, frontend: int, handle: int, now: int) -> list[Output]:
         self._note(Event(Verb.ABORT, now, frontend, message=AbortRequest(handle)))
@@ -249,6 +254,8 @@ def _size(event: Event) -> int:
         return _PLAN_BYTES + 6 * len(message.slots) + 4 * (len(message.start_tokens) + len(message.start_blocks))
     if isinstance(message, StepResult):
         return 3 * _EVENT_BYTES + 6 * len(message.slots)
+    if isinstance(message, RestoreRequest):
+        return _PLAN_BYTES + 4 * (len(message.prompt) + len(message.tokens))
     if isinstance(message, AddRequest):
         return _PLAN_BYTES + 4 * len(message.prompt) + len(message.prefix_hashes)
     return 2 * _EVENT_BYTES

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import enum
 import os
-import struct
 import zlib
 from collections.abc import Iterator
 from dataclasses import fields
@@ -19,6 +18,7 @@ from typing import BinaryIO
 import msgspec
 
 from scheduler.core import CoreConfig
+from scheduler.framing import FRAME, MOST_RECORD_BYTES, framed
 from wire import (
     WIRE_VERSION,
     AbortRequest,
@@ -26,6 +26,7 @@ from wire import (
     CancelQuery,
     Credit,
     Message,
+    RestoreRequest,
     SetPolicyQuery,
     StepPlan,
     StepResult,
@@ -42,14 +43,13 @@ _FLUSH_BYTES = 1 << 16  # of records, not compressed yet: what a killed process 
 _FLUSH_NS = 1_000_000_000  # likewise, in the recording's own time
 _LEVEL = 1  # 6 times smaller for 17 µs a step of 256 rows; level 6 gains 12 % more for 80 µs
 _READ_BYTES = 1 << 16
-_MOST_RECORD_BYTES = 1 << 30  # a longer one is damage
-_FRAME = struct.Struct("<II")  # length and CRC-32 of a record's content
 
 
 class Verb(enum.StrEnum):
     """The core's inputs, and three marks."""
 
     ADD = "add"
+    RESTORE = "restore"
     ABORT = "abort"
     CANCEL = "cancel"
     TRUNCATE = "truncate"
@@ -70,6 +70,7 @@ class Verb(enum.StrEnum):
 # The message that comes with a verb. A plan() that gave no plan has none.
 _MESSAGES: dict[Verb, type] = {
     Verb.ADD: AddRequest,
+    Verb.RESTORE: RestoreRequest,
     Verb.ABORT: AbortRequest,
     Verb.CANCEL: CancelQuery,
     Verb.TRUNCATE: TruncateRequest,
@@ -122,11 +123,7 @@ _header_decoder = msgspec.msgpack.Decoder(RecordingHeader)
 
 def pack(event: Event) -> bytes:
     frames = tuple(encode(event.message)) if event.message is not None else ()
-    return _framed(_encoder.encode(_Record(event.verb, event.now, event.frontend, event.text, frames)))
-
-
-def _framed(content: bytes) -> bytes:
-    return _FRAME.pack(len(content), zlib.crc32(content)) + content
+    return framed(_encoder.encode(_Record(event.verb, event.now, event.frontend, event.text, frames)))
 
 
 class RecordingWriter:
@@ -139,7 +136,7 @@ class RecordingWriter:
         self._written = 0
         self._unflushed = 0  # bytes of records since the last flush
         self._flush_at_ns = 0
-        self._append(_framed(_encoder.encode(header)))
+        self._append(framed(_encoder.encode(header)))
         self.flush()
 
     @property
@@ -268,14 +265,14 @@ class _Records:
 
     def take(self, data: bytes) -> Iterator[bytes]:
         data, at = self._rest + data, 0
-        while at + _FRAME.size <= len(data):
-            length, checksum = _FRAME.unpack_from(data, at)
-            if length > _MOST_RECORD_BYTES:
+        while at + FRAME.size <= len(data):
+            length, checksum = FRAME.unpack_from(data, at)
+            if length > MOST_RECORD_BYTES:
                 raise _DamagedError
-            end = at + _FRAME.size + length
+            end = at + FRAME.size + length
             if end > len(data):
                 break
-            content = data[at + _FRAME.size : end]
+            content = data[at + FRAME.size : end]
             if zlib.crc32(content) != checksum:
                 raise _DamagedError
             yield content

@@ -35,6 +35,7 @@ from wire import (
     CancelQuery,
     Credit,
     Message,
+    RestoreRequest,
     SetPolicyQuery,
     StepPlan,
     StepResult,
@@ -160,6 +161,8 @@ class Replay:
                 refused = core.add(add, frontend, now)
                 self.report.requests += refused is None
                 self.report.refused += refused is not None
+            case Verb.RESTORE, RestoreRequest() as restored:
+                self.report.requests += core.restore(restored, frontend, now) == ""
             case Verb.ABORT, AbortRequest(handle=handle):
                 core.abort(frontend, handle, now)
             case Verb.CANCEL, CancelQuery(request_id=request_id):
@@ -256,6 +259,8 @@ def _in_words(event: Event) -> str:
                 f"front end {event.frontend}, {header.handle}: {header.request_id!r}, {len(prompt)} tokens"
                 f" + {outputs}{header.max_tokens or 'any'}, class {header.priority}{tenant}{deadline}"
             )
+        case RestoreRequest(header=restored, prompt=prompt, tokens=tokens):
+            return f"{restored.add.request_id!r}, {len(prompt)} tokens and {len(tokens)} of its outputs"
         case AbortRequest(handle=handle):
             return f"front end {event.frontend}, {handle}"
         case CancelQuery(request_id=request_id):

@@ -17,7 +17,19 @@ import msgspec
 import numpy as np
 
 from scheduler.core import Output
-from wire import AddRequest, OutputEnded, Refused, ResumeHeader, ResumeQuery, ResumeReply, TokenBatch, TokenBatchHeader
+from wire import (
+    AddHeader,
+    AddRequest,
+    OutputEnded,
+    Refused,
+    RestoreHeader,
+    RestoreRequest,
+    ResumeHeader,
+    ResumeQuery,
+    ResumeReply,
+    TokenBatch,
+    TokenBatchHeader,
+)
 from wire.messages import I32, U32
 
 Key: TypeAlias = tuple[int, int]  # number of a front end, handle
@@ -32,10 +44,8 @@ _MILLISECOND = 1_000_000
 class _Resumable:
     """A request with a resume window: alive, or kept after its end."""
 
-    request_id: str
+    header: AddHeader  # with what the front ends must know
     key: Key  # of its first output, as the core knows it
-    window_ns: int
-    state: bytes  # the front ends'
     prompt: I32
     reader: Key | None  # who gets its tokens, and as which handle the first output's; None: nobody
     tokens: list[I32 | None]  # of each output that has ended
@@ -45,19 +55,41 @@ class _Resumable:
     is_lost: bool = False  # an output has ended without its tokens
 
     @property
+    def request_id(self) -> str:
+        return self.header.request_id
+
+    @property
+    def window_ns(self) -> int:
+        return self.header.resume_window_ms * _MILLISECOND
+
+    @property
     def weight(self) -> int:
         """Tokens' worth of memory, once it has ended."""
-        return len(self.prompt) + sum(len(tokens) for tokens in self.tokens if tokens is not None) + len(self.state) // 4
+        state = len(self.header.resume_state) // 4
+        return len(self.prompt) + sum(len(tokens) for tokens in self.tokens if tokens is not None) + state
+
+    def all_tokens(self, live_tokens: Callable[[Key], I32]) -> list[I32]:
+        """Of each output. live_tokens: of one that has not ended."""
+        return [live_tokens(key) if mine is None else mine for key, mine in zip(_keys(self), self.tokens, strict=True)]
 
 
 class Resumption:
     """All requests with a resume window of one core. Times are CLOCK_MONOTONIC nanoseconds."""
 
-    def __init__(self, max_unread_tokens: int, most: int = _MOST_KEPT, most_tokens: int = _MOST_KEPT_TOKENS) -> None:
-        """most, most_tokens: of requests kept after their end; then those that ended first are forgotten."""
+    def __init__(
+        self,
+        max_unread_tokens: int,
+        most: int = _MOST_KEPT,
+        most_tokens: int = _MOST_KEPT_TOKENS,
+        forgotten: Callable[[Key], None] = lambda key: None,
+    ) -> None:
+        """most, most_tokens: of requests kept after their end; then those that ended first are forgotten. forgotten: is told
+        the first key of each request that can't be resumed any more."""
+        self._forgotten = forgotten
         self._credit_after = max(1, max_unread_tokens // 4)  # tokens that came for nobody
         self._most, self._most_tokens = most, most_tokens
         self._by_id: dict[str, _Resumable] = {}
+        self._by_first: dict[Key, _Resumable] = {}  # the same, by their first keys
         self._live: dict[Key, _Resumable] = {}  # by each output, as the core knows it, until all of them have ended
         self._kept: OrderedDict[_Resumable, int] = OrderedDict()  # that have ended, in that order, with their weights
         self._kept_tokens = 0
@@ -78,19 +110,54 @@ class Resumption:
         if not header.resume_window_ms:
             return
         request = _Resumable(
-            request_id=header.request_id,
+            header=header,
             key=(frontend, header.handle),
-            window_ns=header.resume_window_ms * _MILLISECOND,
-            state=header.resume_state,
             prompt=add.prompt,
             reader=(frontend, header.handle),
             tokens=[None] * header.num_outputs,
             ends=[None] * header.num_outputs,
             num_live=header.num_outputs,
         )
-        self._by_id[header.request_id] = request
+        self._by_id[header.request_id] = self._by_first[request.key] = request
         for key in _keys(request):
             self._live[key] = request
+
+    def restored(self, restored: RestoreRequest, frontend: int, now: int) -> None:
+        """A request of a core that is gone. Nobody reads it, and its window begins anew."""
+        header, ends = restored.header.add, restored.header.ended
+        if (old := self._by_id.get(header.request_id)) is not None:
+            self._forget(old)
+        parts = np.split(restored.tokens, np.cumsum(restored.num_tokens)[:-1])
+        request = _Resumable(
+            header=header,
+            key=(frontend, header.handle),
+            prompt=restored.prompt,
+            reader=None,
+            tokens=[None if end is None else tokens for tokens, end in zip(parts, ends, strict=True)],
+            ends=list(ends),
+            num_live=ends.count(None),
+        )
+        self._by_id[header.request_id] = self._by_first[request.key] = request
+        if not request.num_live:
+            self._set_until(request, now)
+            self._keep(request)
+            return
+        for key in _keys(request):
+            self._live[key] = request
+        self._detach(request, now)
+
+    def snapshot(self, key: Key, live_tokens: Callable[[Key], I32]) -> RestoreRequest | None:
+        """All that is known of a request, by its first key. None: it is forgotten. O(1) but for its tokens."""
+        request = self._by_first.get(key)
+        if request is None:
+            return None
+        tokens = request.all_tokens(live_tokens)
+        return RestoreRequest(
+            RestoreHeader(request.header, tuple(request.ends)),
+            prompt=request.prompt,
+            tokens=np.concatenate(tokens),
+            num_tokens=np.array([len(mine) for mine in tokens], np.int32),
+        )
 
     def core_key(self, frontend: int, handle: int) -> Key | None:
         """How the core knows what a front end calls by this handle; None: it has lost it to another reader."""
@@ -148,13 +215,13 @@ class Resumption:
             self._to_credit.update(_keys(request))
         else:
             self._set_until(request, now)
-        tokens = [live_tokens(key) if mine is None else mine for key, mine in zip(_keys(request), request.tokens, strict=True)]
+        tokens = request.all_tokens(live_tokens)
         ended = tuple(
             None if end is None else msgspec.structs.replace(end, handle=query.handle + index)
             for index, end in enumerate(request.ends)
         )
         return ResumeReply(
-            ResumeHeader(query.query_id, query.handle, True, request.state, ended),
+            ResumeHeader(query.query_id, query.handle, True, request.header.resume_state, ended),
             prompt=request.prompt,
             tokens=np.concatenate(tokens),
             num_tokens=np.array([len(mine) for mine in tokens], np.int32),
@@ -301,6 +368,10 @@ class Resumption:
             return
         if not request.until_ns:
             self._set_until(request, now)
+        self._keep(request)
+
+    def _keep(self, request: _Resumable) -> None:
+        """All of its outputs have ended."""
         self._kept[request] = weight = request.weight
         self._kept_tokens += weight
         while len(self._kept) > self._most or self._kept_tokens > self._most_tokens:
@@ -309,9 +380,11 @@ class Resumption:
     def _forget(self, request: _Resumable) -> None:
         """Its entry in the heap may stay for a while, so it is emptied."""
         self._leave(request)
-        del self._by_id[request.request_id]
+        del self._by_id[request.request_id], self._by_first[request.key]
         self._kept_tokens -= self._kept.pop(request, 0)
-        request.until_ns, request.state, request.prompt, request.tokens = 0, b"", np.empty(0, np.int32), []
+        request.header = msgspec.structs.replace(request.header, resume_state=b"")
+        request.until_ns, request.prompt, request.tokens = 0, np.empty(0, np.int32), []
+        self._forgotten(request.key)
 
     def _leave(self, request: _Resumable) -> None:
         """The core does not have it any more."""

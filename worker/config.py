@@ -60,6 +60,8 @@ class WorkerConfig:
     max_step_tokens: int | None = None
     threads: int | None = None  # None: one per processor that this process may use
     group: int = 0
+    keys: str = ""  # folder of the keys that encrypt the link; needed for tcp://
+    replaces: bool = False  # it comes to take the place of the worker that is there
     sim: SimConfig = field(default_factory=SimConfig)
 
     def __post_init__(self) -> None:

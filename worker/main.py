@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import ctypes
+import json
 import logging
 import os
 import signal
@@ -14,12 +15,13 @@ import sys
 import warnings
 from collections.abc import Sequence
 from dataclasses import fields
+from datetime import UTC, datetime
 from typing import NoReturn
 
 import zmq
 
 from kvcache.sizing import SizingError
-from worker import model_files, openmp
+from worker import curve, model_files, openmp
 from worker.config import DEVICES, DTYPES, QUANTIZATIONS, STORED, ConfigError, SimConfig, WorkerConfig
 from worker.executor import Executor, one_line
 from worker.link import Link
@@ -36,11 +38,13 @@ class _Parser(argparse.ArgumentParser):
         self.exit(2, f"worker: {message} (--help lists the options)\n")
 
 
-def parse(arguments: Sequence[str]) -> tuple[WorkerConfig, str]:
-    """The configuration, and the level of the log. Exits 2 on wrong usage."""
+def parse(arguments: Sequence[str]) -> tuple[WorkerConfig, str, str]:
+    """The configuration, and the level and format of the log. Exits 2 on wrong usage."""
     parser = _Parser(prog="python -m worker", description="A worker of Carousel: computes the steps that a core plans.")
     add = parser.add_argument
     add("--connect", required=True, metavar="ADDRESS", help="ZeroMQ address of the core, e.g. ipc:///run/carousel/workers")
+    add("--keys", default="", metavar="DIR", help="keys of an encrypted link (`carousel keys`); needed for tcp://")
+    add("--replaces", action="store_true", help="take the place of the worker that is there, which drains")
     add("--model", metavar="DIR_OR_HUB_ID", help="checkpoint directory, or a model id of the Hugging Face hub")
     add("--revision", help="branch, tag or commit of a hub id")
     add(
@@ -84,11 +88,12 @@ def parse(arguments: Sequence[str]) -> tuple[WorkerConfig, str]:
     )
     add("--sim-vocab-size", type=int, default=32_000, metavar="N", help="vocabulary without --model [32000]")
     add("--log-level", default="info", choices=("debug", "info", "warning", "error"))
+    add("--log-format", default="text", choices=("text", "json"), help="of the lines on stderr; json: an object a line")
     options = vars(parser.parse_args(arguments))
     sim = SimConfig(**{field.name: options[f"sim_{field.name}"] for field in fields(SimConfig)})
     try:
         own = {field.name: options[field.name] for field in fields(WorkerConfig) if field.name != "sim"}
-        return WorkerConfig(**own, sim=sim), options["log_level"]
+        return WorkerConfig(**own, sim=sim), options["log_level"], options["log_format"]
     except ConfigError as error:
         parser.error(str(error))
 
@@ -117,18 +122,19 @@ def make_executor(config: WorkerConfig) -> Executor:
 def main(arguments: Sequence[str] | None = None) -> int:
     _obey_the_supervisor()
     signal.signal(signal.SIGTERM, lambda *_: os._exit(0))  # nothing here is worth a tidy end
-    config, log_level = parse(sys.argv[1:] if arguments is None else arguments)
-    _log_to_stderr(log_level)
+    config, log_level, log_format = parse(sys.argv[1:] if arguments is None else arguments)
+    _log_to_stderr(log_level, log_format)
     try:
+        keys = curve.keys_for(config.connect, config.keys)
         executor = make_executor(config)
-        link = Link(config.connect, config.group, executor)
+        link = Link(config.connect, config.group, executor, keys=keys, replaces=config.replaces)
     except Exception as error:
         log.debug("the start failed", exc_info=True)
         print(f"worker: {_reason(error)}", file=sys.stderr)
         return 1
     log.info("%s", executor.facts.description)
     link.run()
-    return 0
+    os._exit(0)
 
 
 def _reason(error: Exception) -> str:
@@ -158,11 +164,24 @@ def _obey_the_supervisor() -> None:
         os._exit(1)
 
 
-def _log_to_stderr(level: str) -> None:
+class _JsonFormatter(logging.Formatter):
+    """An object a line, with the keys that the scheduler's processes use."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        at = datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+        told = {"time": at, "role": "worker", "pid": record.process, "level": record.levelname.lower()}
+        told["message"] = record.getMessage()
+        if record.exc_info:
+            told["exception"] = self.formatException(record.exc_info)
+        return json.dumps(told, ensure_ascii=False)
+
+
+def _log_to_stderr(level: str, form: str) -> None:
     """One line an event. Libraries' warnings are for developers: they show at level debug only."""
-    logging.basicConfig(
-        level=level.upper(), format="%(asctime)s worker[%(process)d] %(levelname)s %(message)s", datefmt="%H:%M:%S"
-    )
+    handler = logging.StreamHandler()
+    text = logging.Formatter("%(asctime)s worker[%(process)d] %(levelname)s %(message)s", datefmt="%H:%M:%S")
+    handler.setFormatter(_JsonFormatter() if form == "json" else text)
+    logging.basicConfig(level=level.upper(), handlers=[handler])
     logging.captureWarnings(True)
     if level != "debug":
         warnings.simplefilter("ignore")

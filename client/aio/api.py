@@ -28,7 +28,7 @@ from carousel.v1.tokenization_pb2_grpc import TokenizationStub
 from client import questions
 from client.aio.many import AsyncMany
 from client.aio.streams import AsyncGenerateStream, AsyncStream, Call
-from client.api import ANSWER_S, READY_RETRY_S, not_ready
+from client.api import ANSWER_S, READY_RETRY_S, REPLACE_S, not_ready
 from client.connection import File, way_to
 from client.errors import CarouselError, error_of
 from client.leaving import TELL_S
@@ -195,6 +195,12 @@ class AsyncCarouselClient:
         """Ends the server as SIGTERM does: nothing new, those alive run to their end, then it exits. timeout_s: what they get,
         at most; the server's own limit can't be lengthened. Answers at once, and may be called again."""
         return await self._ask(questions.drain(timeout_s))
+
+    async def replace_worker(self, device: str | None = None) -> control_pb2.ReplaceWorkerResponse:
+        """Starts a new worker that takes the place of the one that computes; no request fails. device: auto, cpu, cuda or sim;
+        None: as the server was told. Returns once it computes, whatever the client's timeout for other calls. Raises
+        CarouselError (FAILED_PRECONDITION) when it does not come to that: the old one goes on."""
+        return await self._ask(questions.replace_worker(device), REPLACE_S)
 
     # ------------------------------------------------------------------------------------------------------- start
 

@@ -19,6 +19,8 @@ from wire.messages import WIRE_VERSION, WITH_ARRAYS, Header, Message
 _VERSION = bytes([WIRE_VERSION])
 _Headers = (
     messages.WorkerHello
+    | messages.Heartbeat
+    | messages.Retired
     | messages.Welcome
     | messages.Probe
     | messages.PlanHeader
@@ -28,6 +30,7 @@ _Headers = (
     | messages.FrontendHello
     | messages.Facts
     | messages.AddHeader
+    | messages.RestoreHeader
     | messages.AbortRequest
     | messages.TruncateRequest
     | messages.CreditHeader
@@ -39,10 +42,14 @@ _Headers = (
     | messages.ResumeHeader
     | messages.LoadQuery
     | messages.LoadReply
+    | messages.MetricsQuery
+    | messages.MetricsReply
     | messages.SetPolicyQuery
     | messages.SetPolicyReply
     | messages.DrainQuery
     | messages.DrainReply
+    | messages.ReplaceQuery
+    | messages.ReplaceReply
     | messages.ExplainQuery
     | messages.ExplainReply
     | messages.ListQuery

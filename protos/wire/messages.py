@@ -5,9 +5,11 @@ A message is a small typed header (msgspec) and, where there is something per ro
 G blocks appended, T tokens, B blocks, N sampled rows, F full blocks of a prompt, C copies of blocks,
 O outputs of a request.
 
-Three links use them:
-  worker → core   WorkerHello, Logprobs, StepResult, StepFailed  core → worker      Welcome, StepPlan, Probe
+Three links use them, and the journal:
+  worker → core   WorkerHello, Heartbeat, Logprobs, StepResult, StepFailed
+  core → worker   Welcome, StepPlan, Probe, Retired
   front end → core  FrontendHello, AddRequest, AbortRequest, TruncateRequest, Credit, WatchSteps, and the queries
+  core → core       RestoreRequest, by way of the journal
   core → front end  Facts, Refused, Logprobs, TokenBatch, StepRecord, Probe, and the replies to queries
 """
 
@@ -86,10 +88,27 @@ class WorkerFacts(Header):
 
 
 class WorkerHello(Header, tag="worker_hello"):
-    """First message of a worker, once its model is loaded and it can take plans."""
+    """First message of a worker, once its model is loaded and it can take plans. Where there is a worker already, it stands by
+    until that one is lost."""
 
     group: int
     facts: WorkerFacts
+    link_id: str = ""  # drawn by the worker: its heartbeats come by another connection and carry it
+    heartbeat_ms: int = 0  # from one to the next; 0: there are none
+    replaces: bool = False  # it takes the place of the worker that is there, which drains
+
+
+class Heartbeat(Header, tag="heartbeat"):
+    """The worker's process lives, whatever its step does: sent by a thread of its own."""
+
+    link_id: str
+    stalled_ms: int  # so long the step under way has used no processor time; 0 where that means nothing, as on a GPU
+
+
+class Retired(Header, tag="retired"):
+    """The worker is not wanted any more: another one has taken its place, or it can't take the place that it came for."""
+
+    reason: str
 
 
 class Welcome(Header, tag="welcome"):
@@ -322,6 +341,24 @@ class AddRequest:
     ARRAYS: ClassVar[tuple[tuple[str, str], ...]] = (("prompt", "<i4"), ("prefix_hashes", "|u1"))
 
 
+class RestoreHeader(Header, tag="restore"):
+    add: AddHeader
+    ended: tuple[OutputEnded | None, ...] = ()  # of each output; None: it goes on
+
+
+@dataclass(slots=True)
+class RestoreRequest:
+    """A request with all that is known of it: what the journal keeps, and what a new core begins with."""
+
+    header: RestoreHeader
+    prompt: I32 = field(default_factory=_i32)  # [T]
+    tokens: I32 = field(default_factory=_i32)  # [N] of all outputs, one after the other
+    num_tokens: I32 = field(default_factory=_i32)  # [O] of each output
+
+    HEADER: ClassVar[type[Header]] = RestoreHeader
+    ARRAYS: ClassVar[tuple[tuple[str, str], ...]] = (("prompt", "<i4"), ("tokens", "<i4"), ("num_tokens", "<i4"))
+
+
 class AbortRequest(Header, tag="abort"):
     """The client dropped the stream: forget the request with all its outputs; OutputEnded(CANCELLED) comes back for each that
     had not ended. One with a resume window goes on without a reader instead, and nothing comes back."""
@@ -475,6 +512,34 @@ class LoadReply(Header, tag="load_reply"):
     swapped_blocks: int = 0
 
 
+class Distribution(Header):
+    """How often a measured value fell where."""
+
+    bounds: tuple[float, ...]  # rising; values up to bounds[i], and above bounds[i-1], are counts[i]
+    counts: tuple[int, ...]  # one more than bounds: the last are above all of them
+    total: float  # of all values
+
+
+class MetricsQuery(Header, tag="metrics"):
+    query_id: int
+
+
+class MetricsReply(Header, tag="metrics_reply"):
+    """What the core counts, at this moment; distributions since its start."""
+
+    query_id: int
+    facts: Facts
+    load: LoadReply
+    group: int
+    epoch: int
+    block_size: int
+    shared_blocks: int  # in more than one table
+    empty_slots: int  # of held blocks, that hold no computed token
+    step_seconds: Distribution  # a step, by the worker's own clock
+    step_tokens: Distribution  # computed in a step
+    inter_token_seconds: Distribution  # between two tokens of one output, preemptions included
+
+
 class SetPolicyQuery(Header, tag="set_policy"):
     query_id: int
     policy: str
@@ -499,6 +564,22 @@ class DrainReply(Header, tag="drain_reply"):
     left_ns: int  # until they are ended
 
 
+class ReplaceQuery(Header, tag="replace"):
+    """Start a new worker, and let it take the place of the one that computes now."""
+
+    query_id: int
+    device: str  # to compute on; empty: as now
+
+
+class ReplaceReply(Header, tag="replace_reply"):
+    """Once the new one computes, or it is known that none will."""
+
+    query_id: int
+    epoch: int  # in force now
+    pid: int  # of the worker that computes now; 0: none does
+    error: str = ""  # why there is no new one; empty: there is
+
+
 class Hindrance(enum.StrEnum):
     """Why a request is not computing."""
 
@@ -518,6 +599,9 @@ class Preemption(Header):
     by_request_id: str  # for whose blocks; empty: the worker was lost
     lost_tokens: int  # computed tokens given up, or swapped
     swapped: bool
+    step_id: int = -1  # the next plan then
+    until_ns: int = -1  # when it had a row again; -1: not yet
+    until_step: int = -1  # the plan with which it came back
 
 
 class Explanation(Header):
@@ -544,6 +628,8 @@ class Explanation(Header):
     stats: RequestStats  # so far, or at the end
     end_reason: str = ""
     text: str = ""  # all of it in a sentence or two, for people
+    first_step: int = -1  # the plan that it joined first with; -1: none
+    last_step: int = -1  # the last plan with it, once it has ended
 
 
 class ExplainQuery(Header, tag="explain"):
@@ -657,6 +743,8 @@ class StepRecord(Header, tag="step_record"):
 
 Message: TypeAlias = (
     WorkerHello
+    | Heartbeat
+    | Retired
     | Welcome
     | Probe
     | StepPlan
@@ -666,6 +754,7 @@ Message: TypeAlias = (
     | FrontendHello
     | Facts
     | AddRequest
+    | RestoreRequest
     | AbortRequest
     | TruncateRequest
     | Credit
@@ -677,10 +766,14 @@ Message: TypeAlias = (
     | ResumeReply
     | LoadQuery
     | LoadReply
+    | MetricsQuery
+    | MetricsReply
     | SetPolicyQuery
     | SetPolicyReply
     | DrainQuery
     | DrainReply
+    | ReplaceQuery
+    | ReplaceReply
     | ExplainQuery
     | ExplainReply
     | ListQuery
@@ -692,5 +785,16 @@ Message: TypeAlias = (
 )
 
 WITH_ARRAYS: dict[type[Header], Any] = {
-    cls.HEADER: cls for cls in (StepPlan, StepResult, Logprobs, AddRequest, Credit, TokenBatch, ResumeReply, BlockTablesReply)
+    cls.HEADER: cls
+    for cls in (
+        StepPlan,
+        StepResult,
+        Logprobs,
+        AddRequest,
+        RestoreRequest,
+        Credit,
+        TokenBatch,
+        ResumeReply,
+        BlockTablesReply,
+    )
 }

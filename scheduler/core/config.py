@@ -38,7 +38,7 @@ class CoreConfig:
     max_queue_requests: int = 4096  # waiting requests
     max_queue_tokens: int = 4_000_000  # prompt tokens of the waiting requests
     static_batch_size: int = 0  # rows of a static batch; 0: as many as max_batch_rows and the reservation allow
-    max_crashes: int = 2  # a request that ran in more failed steps or lost workers than this ends with ERROR
+    max_crashes: int = 2  # after so many failed steps or lost workers the same rows run in halves; one alone ends with ERROR
     prefix_caching: bool = True
     target_itl_ns: int = 100_000_000  # chunks of prompts are cut so that a step with decodes keeps to it; 0: no target
     max_preemptions: int = 3  # after so many a request comes back only with all its blocks reserved, and stays
@@ -46,6 +46,7 @@ class CoreConfig:
     max_unread_tokens: int = 1024  # tokens of one output that its reader has not taken; then it stops being scheduled
     input_token_weight: int = 1  # of a prompt token in the tenants' counters
     output_token_weight: int = 2
+    first_epoch: int = 0  # epochs count from here: no worker takes a core for the one before it
     tenants: tuple[TenantLimits, ...] = ()  # none: every tenant has weight 1 and no quota; without "*" nobody else is served
 
     def __post_init__(self) -> None:
@@ -54,13 +55,15 @@ class CoreConfig:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
         if self.max_batch_rows > 65_535:
             raise ValueError(f"max_batch_rows is at most 65535, not {self.max_batch_rows}")
-        for name in ("oldest_every", "max_unread_tokens", "input_token_weight", "output_token_weight"):
+        for name in ("max_crashes", "oldest_every", "max_unread_tokens", "input_token_weight", "output_token_weight"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+        if self.first_epoch < 0:
+            raise ValueError("first_epoch is at least 0")
         if self.target_itl_ns < 0 or self.max_preemptions < 0:
             raise ValueError("target_itl_ns and max_preemptions are at least 0")
         names = [tenant.name for tenant in self.tenants]
         if len(set(names)) != len(names):
             raise ValueError(f"a tenant is listed twice: {', '.join(sorted(names))}")
-        if self.static_batch_size < 0 or self.max_crashes < 0:
-            raise ValueError("static_batch_size and max_crashes are at least 0")
+        if self.static_batch_size < 0:
+            raise ValueError("static_batch_size is at least 0")

@@ -8,7 +8,7 @@ cancel) is found when the result arrives; at most one row of one step has then b
 from __future__ import annotations
 
 from collections import OrderedDict, deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -27,6 +27,7 @@ from scheduler.core.request import QUEUED, Request, Sequence, State
 from scheduler.core.rows import PADDING, PREEMPTED, RETIRING, RUNNING, Rows
 from scheduler.core.step_cost import StepCost
 from scheduler.core.tenants import Tenants
+from scheduler.core.trials import Trials
 from wire import (
     AddRequest,
     CancelOutcome,
@@ -36,6 +37,7 @@ from wire import (
     PlanHeader,
     Preemption,
     Refused,
+    RestoreRequest,
     SequenceStart,
     StepPlan,
     StepResult,
@@ -51,6 +53,7 @@ _SECOND = 1_000_000_000
 _sum, _max = np.add.reduce, np.maximum.reduce  # as the methods, in half the time
 _PUBLISH_EVERY = 8  # steps
 _LEAST_CHUNK = 16  # tokens of prompts in a step whose decodes alone pass the inter-token time: prompts get on all the same
+_NO_LIMIT = np.iinfo(np.int32).max  # output tokens: until a worker says how many there may be
 _PATIENCE_NS = 30 * _SECOND  # a request without a deadline goes before those whose latest start is so long after its arrival
 
 
@@ -118,11 +121,12 @@ class Core:
         self.tenants = Tenants(config)
         self.queue: Queue[Sequence] = Queue(config, self.tenants)
         self.step_cost = StepCost()
+        self.trials = Trials(config.max_crashes)
         self.counters = Counters()
         self.facts: WorkerFacts | None = None  # of the last worker that joined; its limits hold while it is away
         self.connected = False
         self.draining = False
-        self.epoch = 0
+        self.epoch = config.first_epoch
         self.in_flight: deque[InFlight] = deque()
         self.leaves: list[tuple[str, str]] = []  # (request_id, reason) since the watcher's last look; bounded
         self.token_budget = config.max_step_tokens
@@ -176,11 +180,7 @@ class Core:
             accepted_ns=now,
             num_live=header.num_outputs,
         )
-        if not self._requests:
-            self._busy_since_ns = now
-        self._next_number += 1
-        self._requests[header.request_id] = request
-        self.tenants.enter(tenant)
+        self._enter(request, now)
         self.tenants.count(tenant, now)
         latest_start = self._latest_start(request) if header.deadline_ns else 0
         shares = header.num_outputs > 1 and not self.policy.reserves_outputs
@@ -205,6 +205,61 @@ class Core:
             self._deadlines.set(min(latest_start, expiry(request)), request)
         self.counters.accepted += 1
         return None
+
+    def restore(self, restored: RestoreRequest, frontend: int, now: int) -> str:
+        """A request of a core that is gone, with its tokens, all of which count as taken; one of its outputs at least goes on.
+        Said before any worker has joined. Returns why it can't go on, or nothing."""
+        assert self.facts is None and None in restored.header.ended
+        header, ends = restored.header.add, restored.header.ended
+        tenant = self.tenants.index_of(header.tenant)
+        if tenant is None:
+            return f"tenant {header.tenant!r} is not served any more"
+        request = Request(
+            header=header,
+            frontend=frontend,
+            number=self._next_number,
+            prompt=restored.prompt,
+            tenant=tenant,
+            max_outputs=header.max_tokens or _NO_LIMIT,
+            digests=b"",  # made when a worker joins
+            accepted_ns=now,
+            num_live=ends.count(None),
+        )
+        self._enter(request, now)
+        parts = np.split(restored.tokens, np.cumsum(restored.num_tokens)[:-1])
+        for tokens, end in zip(parts, ends, strict=True):
+            sequence = self._restored(request, tokens, end, now)
+            request.sequences.append(sequence)
+            self._by_handle[frontend, sequence.handle] = sequence
+            if sequence.state is State.PREEMPTED:
+                self.queue.push_back(sequence)
+            elif sequence.state is State.WAITING:
+                self.queue.push(sequence)
+        if header.deadline_ns:
+            self._deadlines.set(expiry(request), request)
+        self.counters.accepted += 1
+        return ""
+
+    def _restored(self, request: Request, tokens: I32, end: OutputEnded | None, now: int) -> Sequence:
+        """The next output. When it had its first token is not known: it counts as had by now."""
+        sequence = Sequence(request, len(request.sequences), self._next_sequence_id, now + _PATIENCE_NS)
+        self._next_sequence_id += 1
+        if end is not None:
+            sequence.state, sequence.num_ended_outputs = State.ENDED, len(tokens)
+            sequence.ended_ns, sequence.end_reason = now, end.reason.value
+        elif len(tokens):
+            sequence.state, sequence.outputs, sequence.taken = State.PREEMPTED, tokens, len(tokens)
+            sequence.lost_tokens, sequence.preempted_since_ns = sequence.num_tokens - 1, now
+            sequence.preempted_by.append(Preemption(now, "", sequence.lost_tokens, False))
+            sequence.admitted_ns, sequence.first_token_ns = request.header.arrival_ns, now
+        return sequence
+
+    def _enter(self, request: Request, now: int) -> None:
+        if not self._requests:
+            self._busy_since_ns = now
+        self._next_number += 1
+        self._requests[request.request_id] = request
+        self.tenants.enter(request.tenant)
 
     def abort(self, frontend: int, handle: int, now: int) -> list[Output]:
         """The stream was dropped; `handle` is any of the request's. Unknown ones are of requests that have just ended: nothing
@@ -277,7 +332,7 @@ class Core:
         """A worker with an empty mirror is there: a new epoch begins, and steps count from 0 again."""
         self._lose_worker(now)
         other_model = self.facts is not None and self.facts.vocab_size != facts.vocab_size
-        other_block_size = self.facts is not None and self.facts.block_size != facts.block_size
+        other_block_size = self.facts is None or self.facts.block_size != facts.block_size
         self.facts = facts
         self.connected = True
         self.epoch += 1
@@ -300,7 +355,8 @@ class Core:
         return self.take_outputs()
 
     def worker_lost(self, now: int) -> list[Output]:
-        """The worker is gone, or its mirror is void. Everything running waits again, with the tokens emitted so far."""
+        """The worker is gone, or its mirror is void. Everything running waits again, with the tokens emitted so far. Those that
+        it was computing are suspects: see trials.py."""
         self._lose_worker(now)
         return self.take_outputs()
 
@@ -308,11 +364,11 @@ class Core:
         if not self.connected:
             return
         self.connected = False
+        culprit = self.trials.crashed(self._computing())
+        self._confine()
         self.in_flight.clear()
         order = self.rows.in_order()
         running = [int(slot) for slot in order[self.rows.state[order] == RUNNING]]
-        for request in {sequence.request.number: sequence.request for sequence in self._of(running)}.values():
-            request.crashes += 1
         for slot in reversed(running):
             self._preempt(slot, now, None)
         self.release_padding()
@@ -326,9 +382,9 @@ class Core:
             if sequence.state is State.PARKED and len(sequence.outputs) - sequence.taken < self.config.max_unread_tokens:
                 sequence.become(State.PREEMPTED)
                 self.queue.push_back(sequence)
-        for request in [request for request in self._requests.values() if request.crashes > self.config.max_crashes]:
-            message = f"the worker failed {request.crashes} times while it ran"
-            self._end_request(request, EndReason.ERROR, now, message=message)
+        if culprit is not None:
+            message = f"the worker failed {culprit.crashes_alone} times while it computed this request alone"
+            self._end_request(culprit, EndReason.ERROR, now, message=message)
 
     def drop_all(self, message: str, now: int) -> list[Output]:
         """The server stops before they have finished."""
@@ -368,12 +424,20 @@ class Core:
             self._keep_deadlines(now)
         if not self.connected or len(self.in_flight) >= PIPELINE_DEPTH:
             return None
-        selection = self.policy.select(self)
-        if not len(selection.slots) and self._sit_out:  # known only now: those whose readers have stopped may go
-            selection = self.policy.select(self)
+        selection = self._select()
+        while not len(selection.slots) and not self.in_flight and self.trials.groups:
+            self.trials.skip()
+            self._confine()
+            selection = self._select()
         if not len(selection.slots) and not len(selection.padding) and not self._swaps_out:
             return None
         return self._build(selection, now)
+
+    def _select(self) -> Selection:
+        selection = self.policy.select(self)
+        if not len(selection.slots) and self._sit_out:  # known only now: those whose readers have stopped may go
+            selection = self.policy.select(self)
+        return selection
 
     def apply(self, result: StepResult, now: int) -> list[Output]:
         """The result of the oldest plan in flight. Raises ProtocolError when it does not fit that plan."""
@@ -396,6 +460,8 @@ class Core:
             self.kv.host.returned(step.step_id)
         rows = len(step.plan.slots) + len(step.plan.padding)
         self.step_cost.observe(step.num_tokens, rows, step.context, result.header.duration_ns)
+        if self.trials.has_suspects:
+            self._clear_suspects(step)
         self._take_tokens(step.sampled, result.tokens, now)
         if not step.step_id % _PUBLISH_EVERY:
             self.publish_full()
@@ -590,8 +656,10 @@ class Core:
             recomputed = max(0, sequence.lost_tokens - place.num_computed)
             sequence.recomputed_tokens += recomputed
             self.counters.recomputed_tokens += recomputed
+            if sequence.preempted_by:
+                sequence.preempted_by[-1].until_ns, sequence.preempted_by[-1].until_step = self._now, self._next_step
         elif sequence.admitted_ns < 0:
-            sequence.admitted_ns = self._now
+            sequence.admitted_ns, sequence.first_step = self._now, self._next_step
             if sequence.output_index == 0:
                 sequence.cached_tokens = place.num_computed
                 self.counters.prompt_tokens += sequence.num_prompt_tokens
@@ -854,7 +922,8 @@ class Core:
         swaps = by is not None and self._should_swap(computed, num_blocks)
         sequence.lost_tokens = computed
         sequence.preempted_since_ns = now
-        sequence.preempted_by.append(Preemption(now, by.request_id if by else "", computed, swaps))
+        whose = by.request_id if by else ""
+        sequence.preempted_by.append(Preemption(now, whose, computed, swaps, self._next_step))
         sequence.taken = int(rows.taken[slot])
         if by is not None:
             sequence.preemptions += 1
@@ -925,6 +994,31 @@ class Core:
             request.digests = hash_blocks(request.header.prefix_key, request.prompt, self.kv.block_size)
             for sequence in request.sequences:
                 sequence.digests = request.digests
+
+    # ------------------------------------------------------------------------------------------------ crashes, inside
+
+    def _computing(self) -> Iterator[tuple[Sequence, int]]:
+        """Whom the plans in flight compute, and up to how many tokens."""
+        slots = {slot: None for step in self.in_flight for slot in step.plan.slots.tolist()}
+        for slot in slots:
+            sequence = self.rows.sequences[slot]
+            if sequence is not None and sequence.state is not State.ENDED:
+                yield sequence, int(self.rows.num_computed[slot])
+
+    def _clear_suspects(self, step: InFlight) -> None:
+        """Those who were computed past the point of their crash."""
+        done = step.before + step.plan.num_tokens
+        for slot, num_computed in zip(step.plan.slots.tolist(), done.tolist(), strict=True):
+            sequence = self.rows.sequences[slot]
+            if sequence is None or sequence.state is State.ENDED or not 0 < sequence.crash_point <= num_computed:
+                continue
+            if self.trials.passed(sequence):
+                self._confine()
+
+    def _confine(self) -> None:
+        """Lets only those come in whom the trials let in."""
+        self.queue.confine(self.trials.eligible())
+        self.hindered = None
 
     # ----------------------------------------------------------------------------------------------- apply, inside
 
@@ -1002,6 +1096,7 @@ class Core:
         sequence.preempted_since_ns = -1
         sequence.ended_ns = now
         sequence.end_reason = reason.value
+        sequence.last_step = int(rows.last_step[slot]) if slot >= 0 else sequence.last_step
         sequence.num_ended_outputs = num_outputs
         sequence.become(State.ENDED)
         self._note_leave(sequence, reason.value)
@@ -1016,6 +1111,8 @@ class Core:
     def _forget(self, request: Request, reason: EndReason, now: int) -> None:
         """All of its outputs are over. What Cancel and ExplainRequest may ask is kept for a while."""
         del self._requests[request.request_id]
+        if self.trials.ended(request):
+            self._confine()
         for sequence in request.sequences:
             del self._by_handle[request.frontend, sequence.handle]
         self.tenants.leave(request.tenant)
@@ -1068,6 +1165,11 @@ class Core:
         if was_preempted:
             sequence.outputs = outputs
             sequence.digests = self.rows.digests[slot, : self.rows.num_hashed[slot]].tobytes()
+
+    @property
+    def returned_step(self) -> int:
+        """The latest step of this epoch whose result has arrived; -1: none has."""
+        return self._returned_step()
 
     def _returned_step(self) -> int:
         """The latest step up to which all results have arrived."""

@@ -44,6 +44,8 @@ def explain(core: Core, request_id: str, now: int) -> Explanation | None:
         preemptions=tuple(preemption for each in request.sequences for preemption in each.preempted_by),
         stats=_stats(core, request, now),
         end_reason=sequence.end_reason,
+        first_step=request.sequences[0].first_step,
+        last_step=max(each.last_step for each in request.sequences),
     )
     explanation.text = _in_words(explanation)
     if len(request.sequences) > 1 and sequence.state is not State.ENDED:

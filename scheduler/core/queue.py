@@ -288,6 +288,7 @@ class Queue(Generic[R]):
             priority: _Class(_Lines(self._counters, self._passed), _Lines(None, self._passed)) for priority in PRIORITIES
         }
         self._oldest = _Lines(None, self._passed)  # of all classes
+        self._only: frozenset[int] | None = None  # sequence_ids that may be the head; None: all
 
     def __len__(self) -> int:
         return len(self._new) + len(self._returning)
@@ -376,6 +377,10 @@ class Queue(Generic[R]):
         for tenant in list(self._passed):
             self.resume(tenant)
 
+    def confine(self, only: frozenset[int] | None) -> None:
+        """Nobody else is the head, by arrival, until it is called again. None: everybody, in the order above."""
+        self._only = only
+
     # ------------------------------------------------------------------------------------------------ who is next
 
     @property
@@ -389,12 +394,22 @@ class Queue(Generic[R]):
 
     def head(self) -> R | None:
         """Who is next; the same until something changes. None: nobody waits but those passed over."""
+        if self._only is not None:
+            return self._first_of(self._only)
         if self.is_aged_turn:
             return self._request(self._oldest.first())
         for cls in self._classes.values():
             first = cls.first()
             if first is not None:
                 return self._request(first)
+        return None
+
+    def _first_of(self, only: frozenset[int]) -> R | None:
+        """O(len(only))."""
+        for sequence_id in sorted(only):
+            request = self._new.get(sequence_id) or self._returning.get(sequence_id)
+            if request is not None and request.tenant not in self._passed:
+                return request
         return None
 
     def least_tenant(self, priority: int) -> int | None:

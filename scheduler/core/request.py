@@ -49,7 +49,8 @@ class Request:
     num_running: int = 0  # of its sequences
     num_live: int = 0  # of its sequences, not ended
     num_prompt_tokens: int = field(init=False)
-    crashes: int = 0  # failed steps and lost workers while it ran
+    crashes: int = 0  # failed steps and lost workers while it was computed, since it last got past one
+    crashes_alone: int = 0  # of these, while nobody else was
 
     def __post_init__(self) -> None:
         self.num_prompt_tokens = len(self.prompt)
@@ -63,6 +64,10 @@ class Request:
         self.prompt, self.digests = _EMPTY, b""
         for sequence in self.sequences:
             sequence.outputs, sequence.digests = _EMPTY, b""
+
+    def most_blocks(self, block_size: int) -> int:
+        """That an output of it may come to hold; 0 where its length is what the pool leaves."""
+        return -(-(self.num_prompt_tokens + self.max_outputs - 1) // block_size) if self.header.max_tokens else 0
 
     def live(self) -> list[Sequence]:
         """Its outputs that have not ended."""
@@ -81,6 +86,7 @@ class Sequence:
     outputs: I32 = field(default_factory=lambda: _EMPTY)  # emitted so far; while RUNNING in the row
     taken: int = 0  # of these, tokens that the reader took; while RUNNING in the row
     digests: bytes = b""  # of its full blocks, as far as they were made; while it holds a row, the row has them
+    crash_point: int = 0  # tokens computed, counting plans in flight, when the worker was lost; 0: it has got past that
     slot: int = -1  # row it holds; kept after preemption until the last plan naming it has returned
     lost_tokens: int = 0  # computed when it was preempted
     host_blocks: I32 | None = None  # where its keys and values are while it is swapped out
@@ -98,6 +104,8 @@ class Sequence:
     preempted_ns: int = 0
     preempted_first_ns: int = 0  # the part of it before the first token
     end_reason: str = ""
+    first_step: int = -1  # the plan that it was first admitted to
+    last_step: int = -1  # the last plan that named it, once it has ended
     num_ended_outputs: int = 0  # output tokens that it had at its end
 
     @property

@@ -22,6 +22,10 @@ class FrontendConfig(msgspec.Struct, frozen=True, kw_only=True):
     model_dir: str  # holds config.json and the tokenizer
     served_model_name: str
     log_level: str = "info"
+    log_format: str = "text"  # or json
+    request_log: bool = False  # a line for each request that ends
+    metrics: bool = False  # requests are measured, in the folder that the environment names for prometheus_client
+    otlp_endpoint: str = ""  # where the traces of requests go; empty: there are none
     tls: TlsFiles | None = None  # None: in the clear
     key_file: str = ""  # path of the hashed keys of those who may call (callers.py); empty: everybody may
     max_message_bytes: int = 64 << 20  # of one gRPC message, either way

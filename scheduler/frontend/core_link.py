@@ -45,6 +45,8 @@ from wire import (
     Message,
     Probe,
     Refused,
+    ReplaceQuery,
+    ReplaceReply,
     ResumeQuery,
     ResumeReply,
     SetPolicyQuery,
@@ -64,13 +66,20 @@ _HEARTBEAT_MS = 2_000
 _BURST = 16  # messages read in a row before the writers get their turn
 _ANSWER_S = 10.0  # the core answers queries at once; later than this, something is wrong
 _HANDLES = 1 << 32
+_CORE_AGAIN_NS = 200_000_000  # a core that died may be back so soon
 _WATCHED_STEPS = 256  # records that wait for one slow watcher
 
 _NEVER = 1 << 62  # tokens: no output has so many
 
-Query: TypeAlias = CancelQuery | LoadQuery | SetPolicyQuery | DrainQuery | ListQuery | ExplainQuery | BlockTablesQuery
-Reply: TypeAlias = CancelReply | LoadReply | SetPolicyReply | DrainReply | ListReply | ExplainReply | BlockTablesReply
-ReplyT = TypeVar("ReplyT", CancelReply, LoadReply, SetPolicyReply, DrainReply, ListReply, ExplainReply, BlockTablesReply)
+Query: TypeAlias = (
+    CancelQuery | LoadQuery | SetPolicyQuery | DrainQuery | ReplaceQuery | ListQuery | ExplainQuery | BlockTablesQuery
+)
+Reply: TypeAlias = (
+    CancelReply | LoadReply | SetPolicyReply | DrainReply | ReplaceReply | ListReply | ExplainReply | BlockTablesReply
+)
+ReplyT = TypeVar(
+    "ReplyT", CancelReply, LoadReply, SetPolicyReply, DrainReply, ReplaceReply, ListReply, ExplainReply, BlockTablesReply
+)
 
 
 @dataclass(slots=True)
@@ -238,6 +247,10 @@ class CoreLink:
         """timeout_ms: what those alive get at most; negative: as configured. Raises UnavailableError."""
         return await self._ask(DrainQuery(self._new_query(), timeout_ms), DrainReply)
 
+    async def replace_worker(self, device: str) -> ReplaceReply:
+        """Answered once the new worker computes: the caller's deadline is the only one. Raises UnavailableError."""
+        return await self._ask(ReplaceQuery(self._new_query(), device), ReplaceReply, None)
+
     async def list_requests(self, after: int, limit: int) -> ListReply:
         """after: `next` of the reply before, 0 for the first. Raises UnavailableError."""
         return await self._ask(ListQuery(self._new_query(), after, limit), ListReply)
@@ -267,12 +280,12 @@ class CoreLink:
         self._last_query += 1
         return self._last_query
 
-    async def _ask(self, query: Query, kind: type[ReplyT]) -> ReplyT:
+    async def _ask(self, query: Query, kind: type[ReplyT], timeout_s: float | None = _ANSWER_S) -> ReplyT:
         answer: asyncio.Future[Reply] = self._loop.create_future()
         self._queries[query.query_id] = answer
         try:
             self._send(query)
-            async with asyncio.timeout(_ANSWER_S):
+            async with asyncio.timeout(timeout_s):
                 reply = await answer
         except TimeoutError:
             raise UnavailableError("the scheduler core does not answer") from None
@@ -286,7 +299,7 @@ class CoreLink:
         events = self._socket.getsockopt(zmq.EVENTS)  # sending alone may not have noticed a new connection
         assert isinstance(events, int)
         if not events & zmq.POLLOUT:
-            raise UnavailableError("the scheduler core is not connected")
+            raise UnavailableError("the scheduler core is not connected", retry_after_ns=_CORE_AGAIN_NS)
         self._socket.send_multipart(encode(message), zmq.NOBLOCK, copy=False)
 
     def _tell(self, message: Message) -> None:
@@ -334,6 +347,8 @@ class CoreLink:
             case Refused():
                 self._refused(message)
             case CancelReply() | LoadReply() | SetPolicyReply() | DrainReply() | ListReply() | ExplainReply():
+                self._answer(message.query_id, message)
+            case ReplaceReply():
                 self._answer(message.query_id, message)
             case BlockTablesReply():
                 self._answer(message.header.query_id, message)
@@ -424,7 +439,8 @@ class CoreLink:
                 while self._read(_BURST):  # what it said before it went
                     pass
                 log.warning("the connection to the core is lost")
-                self._lose(UnavailableError("the scheduler core is gone"))
+                gone = "the scheduler core is gone"
+                self._lose(UnavailableError(gone, reason="CORE_LOST", retry_after_ns=_CORE_AGAIN_NS))
 
     def _lose(self, error: UnavailableError) -> None:
         self.facts = None

@@ -8,6 +8,7 @@ import os
 import signal
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from scheduler.errors import StartError
 from scheduler.frontend import defaults, server
@@ -15,8 +16,12 @@ from scheduler.frontend.chat_template import ChatTemplates
 from scheduler.frontend.config import FrontendConfig
 from scheduler.frontend.core_link import CoreLink
 from scheduler.frontend.defaults import ModelDefaults
+from scheduler.frontend.ledger import Ledger, Listener, log_request
 from scheduler.frontend.tokenizer import Tokenizer
 from scheduler.process import log_to_stderr, obey_the_supervisor
+
+if TYPE_CHECKING:
+    from scheduler.frontend.tracing import Tracing
 
 log = logging.getLogger(__name__)
 
@@ -24,7 +29,7 @@ log = logging.getLogger(__name__)
 def run(config: FrontendConfig) -> int:
     """The process `python -m scheduler frontend`; returns the exit code."""
     obey_the_supervisor()
-    log_to_stderr("frontend", config.log_level)
+    log_to_stderr("frontend", config.log_level, config.log_format)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # one text at a time: its thread pool would only be in the way
     try:
         tokenizer = Tokenizer.load(Path(config.model_dir))
@@ -37,16 +42,39 @@ def run(config: FrontendConfig) -> int:
     return 0
 
 
+class Listeners:
+    """Who is told of the ends of requests. What is off is not imported."""
+
+    def __init__(self, config: FrontendConfig, link: CoreLink) -> None:
+        self.all: list[Listener] = [log_request] if config.request_log else []
+        self._tracing: Tracing | None = None
+        if config.metrics:
+            from scheduler.metrics import RequestMetrics
+
+            self.all.append(RequestMetrics().ended)
+        if config.otlp_endpoint:
+            from scheduler.frontend.tracing import Tracing
+
+            self._tracing = Tracing(config.otlp_endpoint, config.served_model_name, link.explain)
+            self.all.append(self._tracing.ended)
+
+    async def close(self) -> None:
+        if self._tracing is not None:
+            await self._tracing.close()
+
+
 async def _serve(config: FrontendConfig, tokenizer: Tokenizer, templates: ChatTemplates, model_defaults: ModelDefaults) -> None:
     told_to_stop = asyncio.Event()
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, told_to_stop.set)
     link = CoreLink(config.core_endpoint)
     try:
-        grpc_server = server.Server(config, link, tokenizer, templates, model_defaults)
+        listeners = Listeners(config, link)
+        grpc_server = server.Server(config, link, tokenizer, templates, model_defaults, Ledger(listeners.all))
         port = await grpc_server.start()
         log.info("listening on %s, port %d, %s", config.host, port, "with TLS" if config.tls else "without TLS")
         await told_to_stop.wait()
         log.info("stopping")
         await grpc_server.stop(config.drain_timeout_s)
+        await listeners.close()
     finally:
         link.close()

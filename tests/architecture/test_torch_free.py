@@ -13,6 +13,7 @@ MODULES = [
     "scheduler.supervisor",
     "scheduler.engine",
     "scheduler.frontend.main",
+    "scheduler.exporter",
     "scheduler.model_files",
     "huggingface_hub",
     "client.cli",

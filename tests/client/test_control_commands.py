@@ -92,6 +92,13 @@ def test_drain_says_how_many_are_alive_and_by_when_they_are_over(alive, words, s
     assert asked.HasField("timeout_ms") and asked.timeout_ms == 0
 
 
+def test_replace_worker_says_which_one_computes_or_why_none_new_does(say):
+    assert say("replace-worker") == ["worker (pid 4711) computes now, epoch 4"]
+    assert json.loads(say("replace-worker", "--json")[0]) == {"pid": 4711, "epoch": 4}
+    [line] = say("replace-worker", "--device", "cuda", code=1)
+    assert "did not start" in line
+
+
 def summaries(count: int) -> list[control_pb2.RequestSummary]:
     return [
         control_pb2.RequestSummary(

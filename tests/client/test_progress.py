@@ -140,6 +140,30 @@ def test_without_a_window_the_dropped_attempt_is_waited_out() -> None:
     assert isinstance(progress.call(0.0)[0], pb.GenerateRequest)
 
 
+def test_a_part_of_the_server_that_died_with_the_request_is_asked_for_it() -> None:
+    """It may have kept it: for as long as it is kept, not only for as many attempts as a beginning gets."""
+    progress, lost = begin(), CarouselError(grpc.StatusCode.UNAVAILABLE, "gone", retry_after_s=0.2, reason="CORE_LOST")
+    assert progress.failed(lost, 0.0, 0.0) == 0.2
+    assert asked(progress) == []
+    for _ in range(20):
+        progress.failed(lost, 1.0, 0.0)
+    progress.take(delta(0, 1, 0, "a"))
+    assert progress.answered
+
+
+def test_what_it_did_not_keep_begins_again() -> None:
+    progress, lost = begin(), CarouselError(grpc.StatusCode.UNAVAILABLE, "gone", retry_after_s=0.2, reason="CORE_LOST")
+    progress.failed(lost, 0.0, 0.0)
+    progress.failed(CarouselError(grpc.StatusCode.NOT_FOUND, "not kept"), 0.0, 0.0)
+    assert isinstance(progress.call(0.0)[0], pb.GenerateRequest)
+
+
+def test_an_id_of_the_callers_own_is_not_asked_for() -> None:
+    progress = begin(own_id=False)
+    progress.failed(CarouselError(grpc.StatusCode.UNAVAILABLE, "gone", retry_after_s=0.2, reason="CORE_LOST"), 0.0, 0.0)
+    assert isinstance(progress.call(0.0)[0], pb.GenerateRequest)
+
+
 def test_a_refusal_in_words_is_no_sign_that_the_attempt_got_through() -> None:
     progress = begin()
     progress.failed(CarouselError(grpc.StatusCode.UNAVAILABLE, "draining", retry_after_s=1.0), 0.0, 0.5)

@@ -45,7 +45,8 @@ class Tracked:
     got: list[int] = field(default_factory=list)
     end: OutputEnded | None = None
     gone: bool = False  # its front end is lost: nothing is heard of it
-    crashes: int = 0  # failed steps and lost workers while it ran
+    crashes_alone: int = 0  # failed steps and lost workers while nobody else was computed
+    crashes_in_a_row: int = 0  # of these, without any answer that names it in between
     doomed: bool = False  # must end with ERROR
     truncated_to: int | None = None
     output_index: int = 0
@@ -72,6 +73,8 @@ class CoreDriver:
         self._next_handle = 0
         self.plans: list[StepPlan] = []
         self.num_refused = 0
+        self._in_slot: dict[int, int] = {}  # slot -> sequence_id; not another's while a plan in flight names it
+        self.crashes: list[list[str]] = []  # whom the worker computed when it was lost, each time
         self.joined()
 
     # ------------------------------------------------------------------------------------------------------ inputs
@@ -222,6 +225,7 @@ class CoreDriver:
             assert int(plan.num_tokens.sum()) <= self.core.token_budget
             self.worker.submit(plan)
             self.plans.append(plan)
+            self._in_slot |= {start.slot: start.sequence_id for start in plan.header.starts}
         self._hear(self.core.take_outputs())
         if plan is not None:
             self._check_no_ended_request_in(plan)
@@ -231,7 +235,11 @@ class CoreDriver:
     def answer(self) -> None:
         """The oldest step's result arrives."""
         assert self.worker is not None
+        answered = {self._in_slot[slot] for slot in self.worker.unanswered[0].plan.slots.tolist()}
         self._hear(self.core.apply(self.worker.answer(), self._pass_time()))
+        for request in self.requests:
+            if any(sibling.sequence_id in answered for sibling in request.siblings):
+                request.crashes_in_a_row = 0
 
     # --------------------------------------------------------------------------------------------------- in longer
 
@@ -344,19 +352,24 @@ class CoreDriver:
         return min(max_tokens or room, room)
 
     def _count_crashes(self) -> None:
-        """The worker is given up: whoever runs has a crash more, and too many are the end."""
+        """The worker is given up: a request that it computed alone has a crash more, and too many in a row are the end."""
         if self.worker is None:
             return
-        core = self.core
-        ran = {self.requests[core.rows.sequence(slot).sequence_id].request_id for slot in core.rows.in_order().tolist()}
+        self.crashes.append(self.computing())
+        if len(self.crashes[-1]) != 1:
+            return
         for request in self._alive():
-            if request.request_id in ran and any(self._runs(sibling) for sibling in request.siblings):
-                request.crashes += 1
-                request.doomed |= request.crashes > core.config.max_crashes
+            if request.request_id in self.crashes[-1]:
+                request.crashes_alone += 1
+                request.crashes_in_a_row += 1
+                request.doomed |= request.crashes_in_a_row >= self.core.config.max_crashes
 
-    def _runs(self, request: Tracked) -> bool:
-        order = self.core.rows.in_order().tolist()
-        return not request.over and any(self.core.rows.sequence(slot).sequence_id == request.sequence_id for slot in order)
+    def computing(self) -> list[str]:
+        """Ids of the requests that the plans in flight compute, by arrival."""
+        assert self.worker is not None
+        named = {slot for step in self.worker.unanswered for slot in step.plan.slots.tolist()}
+        started = {self._in_slot[slot] for slot in named}
+        return list(dict.fromkeys(request.request_id for request in self._alive() if request.sequence_id in started))
 
     def _pass_time(self) -> int:
         self.now += self.tick
@@ -390,7 +403,10 @@ class CoreDriver:
 
     def _hear_end(self, request: Tracked, end: OutputEnded) -> None:
         request.end = end
-        assert request.doomed == (end.reason is EndReason.ERROR)
+        is_culprit = "while it computed this request alone" in end.message
+        assert not is_culprit or request.crashes_alone >= self.core.config.max_crashes
+        assert request.doomed or is_culprit or end.reason is not EndReason.ERROR
+        assert not request.doomed or end.reason is EndReason.ERROR
         stats, got = end.stats, len(request.got)
         stop = request.got[-1] if got and request.got[-1] in request.sampling.stop_token_ids else -1
         if end.reason is EndReason.STOP and request.truncated_to is not None:

@@ -10,6 +10,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -20,6 +21,7 @@ from scheduler.core import CoreConfig
 from wire import (
     AddHeader,
     AddRequest,
+    Heartbeat,
     Message,
     Probe,
     SamplingSpec,
@@ -46,21 +48,28 @@ class EngineProcess:
         drain_timeout_s: float = 10.0,
         record: Path | None = None,
         sabotage: str = "",
+        **options: Any,
     ) -> None:
-        """sabotage: Python that the process runs first, to break something in itself."""
+        """sabotage: Python that the process runs first, to break something in itself. options: of EngineConfig; with
+        `control=True` the process reads what is written to `self.control`."""
         self._folder = tempfile.TemporaryDirectory(prefix="carousel-test-")
         self.frontends = f"ipc://{self._folder.name}/core"
         self.workers = f"ipc://{self._folder.name}/workers"
         status, writer = os.pipe()
+        control, self.control = os.pipe()
+        options.setdefault("worker_endpoint", self.workers)
+        self.workers = options["worker_endpoint"]
+        if options.pop("control", False):
+            options["control_fd"] = control
         config = EngineConfig(
             core=core or CoreConfig(),
             frontend_endpoint=self.frontends,
-            worker_endpoint=self.workers,
             status_fd=writer,
             drain_timeout_s=drain_timeout_s,
             log_level="info",
             record=str(record or ""),
             dump_folder=self._folder.name,
+            **options,
         )
         self.log_path = Path(self._folder.name) / "log"
         program = ["-m", "scheduler"]
@@ -68,8 +77,9 @@ class EngineProcess:
             program = ["-c", f"{sabotage}\nimport runpy\nrunpy.run_module('scheduler', run_name='__main__', alter_sys=True)"]
         with self.log_path.open("wb") as log:
             command = [sys.executable, *program, "engine", msgspec.json.encode(config).decode()]
-            self.process = subprocess.Popen(command, pass_fds=(writer,), stderr=log)
+            self.process = subprocess.Popen(command, pass_fds=(writer, control), stderr=log)
         os.close(writer)
+        os.close(control)
         self.status = status
         self.context = zmq.Context()
 
@@ -84,6 +94,7 @@ class EngineProcess:
         self.process.kill()
         self.process.wait()
         os.close(self.status)
+        os.close(self.control)
         self.context.destroy(linger=0)
         self._folder.cleanup()
 
@@ -129,11 +140,18 @@ class Dealer:
 class HandWorker(Dealer):
     """A simulated worker that computes a step when it is told to."""
 
-    def __init__(self, engine: EngineProcess, executor: SimExecutor) -> None:
+    def __init__(
+        self, engine: EngineProcess, executor: SimExecutor, *, link_id: str = "", replaces: bool = False, waits: bool = True
+    ) -> None:
+        """link_id: it has heartbeats, sent by hand. waits: for its welcome, which comes later to one who stands by."""
         super().__init__(engine, engine.workers)
-        self.executor = executor
-        self.send(WorkerHello(0, executor.facts))
-        self._welcome(self.receive())
+        self.executor, self.link_id = executor, link_id
+        self.send(WorkerHello(0, executor.facts, link_id, 50 if link_id else 0, replaces))
+        if waits:
+            self._welcome(self.receive())
+
+    def beat(self, stalled_ms: int = 0) -> None:
+        self.send(Heartbeat(self.link_id, stalled_ms))
 
     def _welcome(self, message: Message | None) -> None:
         assert isinstance(message, Welcome), message

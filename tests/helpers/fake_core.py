@@ -48,6 +48,8 @@ from wire import (
     Message,
     OutputEnded,
     Refused,
+    ReplaceQuery,
+    ReplaceReply,
     RequestStats,
     RequestSummary,
     RowRecord,
@@ -353,6 +355,9 @@ class FakeCore:
                 self.facts = msgspec.structs.replace(self.facts, policy=policy if known else self.facts.policy)
                 error = "" if known else f"unknown policy {policy!r}: choose one of {', '.join(self.policies)}"
                 self._send(peer, SetPolicyReply(query_id, self.facts.policy, error))
+            case ReplaceQuery(query_id=query_id, device=device):
+                error = "it did not start" if device == "cuda" else ""
+                self._send(peer, ReplaceReply(query_id, 4, 4711, error))
             case DrainQuery(query_id=query_id):
                 self.facts = msgspec.structs.replace(self.facts, ready=False, draining=True, reason="the server is draining")
                 self._send(peer, self.facts)

@@ -104,6 +104,8 @@ class FakeServer(generation_pb2_grpc.GenerationServicer, control_pb2_grpc.Contro
         self.dropped: queue.Queue[str] = queue.Queue()  # ids of streams whose reader went away
         self.cancel_outcome = generation_pb2.CANCEL_OUTCOME_CANCELLED
         self.steps: list[inspect_pb2.WatchStepsResponse] = []
+        self.steps_go_on = False  # a watch of the steps ends after those
+        self.steps_seen = threading.Event()  # all of them were sent
         self.policy = "continuous"
         self.alive: list[control_pb2.RequestSummary] = []
         self.explanations: dict[str, control_pb2.ExplainRequestResponse] = {}  # by request_id
@@ -172,6 +174,11 @@ class FakeServer(generation_pb2_grpc.GenerationServicer, control_pb2_grpc.Contro
             context.add_callback(gone.set)
             gone.wait(WAIT_S)
 
+    def ReplaceWorker(self, request, context):
+        if request.device == "cuda":
+            context.abort(grpc.StatusCode.FAILED_PRECONDITION, "the new worker did not start")
+        return control_pb2.ReplaceWorkerResponse(pid=4711, epoch=4)
+
     def Drain(self, request, context):
         self.drained.put(request)
         return control_pb2.DrainResponse(live_requests=self.live_requests, left_ms=4_200)
@@ -203,3 +210,8 @@ class FakeServer(generation_pb2_grpc.GenerationServicer, control_pb2_grpc.Contro
 
     def WatchSteps(self, request, context):
         yield from self.steps
+        self.steps_seen.set()
+        if self.steps_go_on:
+            gone = threading.Event()
+            context.add_callback(gone.set)
+            gone.wait(WAIT_S)

@@ -173,10 +173,10 @@ def test_a_request_that_always_fails_ends_and_the_server_goes_on(engine: EngineP
     worker = HandWorker(engine, SimExecutor(FACTS))
     frontend.until(lambda message: isinstance(message, Facts) and message.ready)
     frontend.send(request(1, list(range(10)), 3))
-    for _ in range(3):
+    for _ in range(2):
         worker.fail("boom")
     end = ended(frontend.until(is_end))[0]
-    assert end.reason is EndReason.ERROR and "3 times" in end.message
+    assert end.reason is EndReason.ERROR and "2 times" in end.message
     frontend.send(request(2, list(range(10)), 2))
     run_steps(worker, 2)
     assert len(tokens_of(frontend.until(is_end), 2)) == 2
@@ -418,14 +418,14 @@ def test_what_a_killed_process_recorded_is_replayed_up_to_its_last_idle_moment(t
 def test_an_answer_that_makes_no_sense_leaves_a_trace_and_the_server_goes_on(engine: EngineProcess, frontend: Dealer) -> None:
     worker = HandWorker(engine, SimExecutor(FACTS))
     frontend.until(lambda message: isinstance(message, Facts) and message.ready)
-    frontend.send(request(1, [1, 2, 3], 3))
-    run_steps(worker, 1)
+    frontend.send(request(1, [1, 2, 3], 13))
     for _ in range(2):
+        run_steps(worker, 4)
         worker.send(StepResult(ResultHeader(0, worker.epoch, 77, 1)))
         worker.welcome()
     while worker.step(300) is not None:
         pass
-    assert len(tokens_of(frontend.until(is_end), 1)) == 3
+    assert len(tokens_of(frontend.until(is_end), 1)) == 13
     [dump] = engine.dumps()  # not one for each
     assert str(dump) in engine.log() and "step 77" in Recording(dump).header.why
     assert replayed(dump).same
@@ -501,18 +501,33 @@ def test_a_question_that_fails_stays_open_and_the_next_is_answered() -> None:
         engine.close()
 
 
-def test_a_worker_that_no_core_can_take_ends_nothing(engine: EngineProcess, frontend: Dealer) -> None:
-    worker = HandWorker(engine, SimExecutor(FACTS))
-    frontend.until(lambda message: isinstance(message, Facts) and message.ready)
-    nonsense = Dealer(engine, engine.workers)
-    nonsense.send(WorkerHello(0, msgspec.structs.replace(FACTS, vocab_size=-1)))
-    frontend.until(lambda message: isinstance(message, Facts) and not message.ready)
-    again = HandWorker(engine, SimExecutor(FACTS))
-    assert again.epoch > worker.epoch
-    frontend.send(request(1, [1, 2, 3], 2))
-    run_steps(again, 2)
-    assert len(tokens_of(frontend.until(is_end), 1)) == 2
-    assert "no core can take this worker" in engine.log()
+SABOTAGED_JOIN = """
+from scheduler.core import Core
+joined = Core.worker_joined
+def sabotaged(core, facts, now):
+    assert facts.max_batch_rows != 7, "sabotage"
+    return joined(core, facts, now)
+Core.worker_joined = sabotaged
+"""
+
+
+def test_a_worker_that_no_core_can_take_ends_nothing() -> None:
+    engine = EngineProcess(CoreConfig(max_batch_rows=8, max_step_tokens=64), sabotage=SABOTAGED_JOIN)
+    try:
+        frontend, worker = joined(engine)
+        nonsense = Dealer(engine, engine.workers)
+        nonsense.send(WorkerHello(0, msgspec.structs.replace(FACTS, max_batch_rows=7)))
+        assert load(frontend).query_id == 7
+        worker.close()
+        frontend.until(lambda message: isinstance(message, Facts) and not message.ready)
+        again = HandWorker(engine, SimExecutor(FACTS))
+        assert again.epoch > worker.epoch
+        frontend.send(request(1, [1, 2, 3], 2))
+        run_steps(again, 2)
+        assert len(tokens_of(frontend.until(is_end), 1)) == 2
+        assert "no core can take this worker" in engine.log()
+    finally:
+        engine.close()
 
 
 # ----------------------------------------------------------------------------------------------------------- the end

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import subprocess
 import sys
 from dataclasses import replace
@@ -16,7 +17,7 @@ from scheduler.core import CoreConfig, policies
 from scheduler.core.config import TenantLimits
 from scheduler.errors import StartError
 from scheduler.main import config_from, serve_command
-from scheduler.supervisor import reserve_recording
+from scheduler.supervisor import check_extras, reserve_recording
 from worker.config import DEVICES, DTYPES, QUANTIZATIONS, WorkerConfig
 
 
@@ -106,6 +107,10 @@ def test_the_worker_gets_its_options() -> None:
         ("--static-batch-size 65 --max-batch-rows 64", "--static-batch-size 65 is more than --max-batch-rows 64"),
         ("--num-blocks 5 --kv-memory-gib 1", "both say how large"),
         ("--record-limit-mib 5", "--record FILE"),
+        ("--journal-fsync always", "--journal DIR"),
+        ("--journal-limit-mib 64", "--journal DIR"),
+        ("--journal d --journal-fsync hourly", "never, always or interval:MS"),
+        ("--otlp-endpoint 127.0.0.1:4317", "write it with http:// or https://"),
         ("--tenant a --tenant a:weight=2", "listed twice"),
         ("--tenant a:weight=0", "weight is at least 1"),
         ("--tenant a:weigth=3", "NAME[:weight=N][:blocks=N][:requests=N][:rate=N]"),
@@ -141,6 +146,24 @@ def test_wrong_usage_behind_the_dashes_is_one_line_too(arguments: str) -> None:
     done = subprocess.run([sys.executable, "-m", "scheduler", *arguments.split()], capture_output=True, text=True, timeout=60)
     assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
     assert done.stderr.startswith("carousel: ") and done.stderr.endswith("--help`\n")
+
+
+def test_tracing_without_its_extra_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(name: str) -> str:
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    check_extras(config("--otlp-endpoint", "http://127.0.0.1:4317"))
+    monkeypatch.setattr(importlib.metadata, "version", missing)
+    with pytest.raises(StartError, match=r"pip install 'carousel-serve\[tracing\]'"):
+        check_extras(config("--otlp-endpoint", "http://127.0.0.1:4317"))
+    check_extras(config())
+
+
+def test_the_configuration_is_printed_and_nothing_started() -> None:
+    command = [sys.executable, "-m", "client", "serve", "--device", "sim", "--print-config"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0 and 'device = "sim"  # --device' in done.stdout.splitlines()
+    assert "# model =  # default: none" in done.stdout and done.stderr == ""
 
 
 def test_a_recording_is_never_overwritten(tmp_path: Path) -> None:

@@ -9,10 +9,23 @@ import pytest
 import zmq
 
 from tests.helpers.plans import PlanMaker
-from wire import AbortRequest, Message, Probe, StepFailed, StepPlan, StepResult, Welcome, WorkerHello, decode, encode
+from wire import (
+    AbortRequest,
+    Heartbeat,
+    Message,
+    Probe,
+    Retired,
+    StepFailed,
+    StepPlan,
+    StepResult,
+    Welcome,
+    WorkerHello,
+    decode,
+    encode,
+)
 from worker.executor import Deliver
 from worker.link import Link
-from worker.sim_executor import SimExecutor, sim_facts
+from worker.sim_executor import Latency, SimExecutor, sim_facts
 
 FACTS = sim_facts(pid=77)
 GROUP = 3
@@ -50,6 +63,8 @@ class Core:
         self.address = address
         self.context = zmq.Context()
         self.peer = b""
+        self.beats: list[Heartbeat] = []
+        self.link_thread: threading.Thread
         self.bind()
 
     def bind(self) -> None:
@@ -59,8 +74,15 @@ class Core:
         self.socket.bind(self.address)
 
     def receive(self) -> Message:
-        self.peer, *frames = self.socket.recv_multipart()
-        return decode(frames)
+        """The next message that is no heartbeat."""
+        while True:
+            peer, *frames = self.socket.recv_multipart()
+            message = decode(frames)
+            if isinstance(message, Heartbeat):
+                self.beats.append(message)
+                continue
+            self.peer = peer
+            return message
 
     def send(self, *messages: Message) -> None:
         for message in messages:
@@ -80,10 +102,10 @@ def core(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Core]:
     core = Core(f"ipc://{tmp_path}/core")
     executor = request.param()
     link = Link(core.address, GROUP, executor)
-    thread = threading.Thread(target=link.run)
+    core.link_thread = thread = threading.Thread(target=link.run)
     thread.start()
     try:
-        assert core.receive() == WorkerHello(GROUP, FACTS)
+        assert is_hello(core.receive())
         yield core
     finally:
         link.stop()
@@ -92,6 +114,11 @@ def core(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Core]:
         executor.close()
         link.close()
         core.context.destroy(linger=0)
+
+
+def is_hello(message: Message) -> bool:
+    assert isinstance(message, WorkerHello) and message.link_id and message.heartbeat_ms > 0
+    return (message.group, message.facts, message.replaces) == (GROUP, FACTS, False)
 
 
 def result_of(core: Core) -> StepResult:
@@ -173,8 +200,45 @@ def test_a_core_that_comes_back_gets_a_hello_again(core: Core) -> None:
     result_of(core)
     core.socket.close()
     core.bind()
-    assert core.receive() == WorkerHello(GROUP, FACTS)
+    assert is_hello(core.receive())
     maker = core.welcome(1)
     maker.start(2, [5])
     core.send(maker.plan())
     assert result_of(core).slots.tolist() == [2]
+
+
+def test_heartbeats_carry_the_links_name_and_come_while_a_step_computes(tmp_path: Path) -> None:
+    """The step ends only after the third beat that came while it was computing."""
+    core, release = Core(f"ipc://{tmp_path}/core"), threading.Event()
+    link = Link(core.address, GROUP, SimExecutor(FACTS, Latency(base_ns=60_000_000_000), sleep=lambda _: assert_set(release)))
+    thread = threading.Thread(target=link.run)
+    thread.start()
+    try:
+        hello = core.receive()
+        assert isinstance(hello, WorkerHello)
+        maker = core.welcome(1)
+        maker.start(0, [5])
+        core.send(maker.plan())
+        seen = len(core.beats)
+        while len(core.beats) < seen + 3:
+            core.beats.append(decode(core.socket.recv_multipart()[1:]))  # type: ignore[arg-type]
+        assert all(beat == Heartbeat(hello.link_id, 0) for beat in core.beats), "a simulated step sleeps: that is no stall"
+        release.set()
+        assert result_of(core).header.step_id == 0
+    finally:
+        release.set()
+        link.stop()
+        thread.join(20)
+        link.close()
+        core.context.destroy(linger=0)
+
+
+def assert_set(event: threading.Event) -> None:
+    assert event.wait(20)
+
+
+def test_a_worker_that_is_retired_leaves(core: Core) -> None:
+    core.welcome(1)
+    core.send(Retired("another one computes"))
+    core.link_thread.join(20)
+    assert not core.link_thread.is_alive()

@@ -126,11 +126,11 @@ def test_options_arrive_in_the_configuration() -> None:
     line = (
         "--connect ipc://x --model m --revision r --device cpu --dtype float16 --max-model-len 100 --block-size 32"
         " --quantization int8 --weights random:7"
-        " --num-blocks 9 --max-batch-rows 3 --max-step-tokens 44 --threads 5 --group 2 --log-level debug"
+        " --num-blocks 9 --max-batch-rows 3 --max-step-tokens 44 --threads 5 --group 2 --log-level debug --log-format json"
         " --swap-gib 1.5 --sim-base-ns 1 --sim-end-chance 0.5 --sim-swap-block-ns 7 --sim-copy-block-ns 8 --sim-host-blocks 9"
     )
-    config, level = parse(line.split())
-    assert level == "debug" and config == WorkerConfig(
+    config, level, form = parse(line.split())
+    assert (level, form) == ("debug", "json") and config == WorkerConfig(
         connect="ipc://x", model="m", revision="r", device="cpu", dtype="float16", max_model_len=100, block_size=32,
         quantization="int8", weights="random:7",
         num_blocks=9, swap_gib=1.5, max_batch_rows=3, max_step_tokens=44, threads=5, group=2, sim=config.sim,
@@ -292,3 +292,10 @@ def test_a_limit_that_is_not_asked_for_follows_from_the_device_and_the_other(
     asked: dict[str, int], device: str, expected: tuple[int, int]
 ) -> None:
     assert WorkerConfig(connect="ipc://x", model="m", **asked).limits(device) == expected
+
+
+def test_as_json_its_lines_have_the_keys_of_the_schedulers() -> None:
+    script = "import logging, worker.main as m; m._log_to_stderr('info', 'json'); logging.getLogger('x').info('%d \"ü\"', 3)"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
+    told = json.loads(done.stderr)
+    assert told.keys() == {"time", "role", "pid", "level", "message"} and told["message"] == '3 "ü"'

@@ -310,6 +310,4 @@ def test_random_weights_have_the_shape_of_the_stored_ones(tmp_path: Path) -> Non
     folder = make_checkpoint(tmp_path, "opt")
     stored, made = (load_model(folder, None, "cpu", None, weights=weights)[0] for weights in ("stored", "random:5"))
     assert stored.num_parameters == made.num_parameters
-    assert all(
-        a.shape == b.shape and a.dtype == b.dtype for a, b in zip(stored.parameters(), made.parameters(), strict=True)
-    )
+    assert all(a.shape == b.shape and a.dtype == b.dtype for a, b in zip(stored.parameters(), made.parameters(), strict=True))

@@ -74,6 +74,11 @@ class ControlStub:
                 request_serializer=carousel_dot_v1_dot_control__pb2.DrainRequest.SerializeToString,
                 response_deserializer=carousel_dot_v1_dot_control__pb2.DrainResponse.FromString,
                 _registered_method=True)
+        self.ReplaceWorker = channel.unary_unary(
+                '/carousel.v1.Control/ReplaceWorker',
+                request_serializer=carousel_dot_v1_dot_control__pb2.ReplaceWorkerRequest.SerializeToString,
+                response_deserializer=carousel_dot_v1_dot_control__pb2.ReplaceWorkerResponse.FromString,
+                _registered_method=True)
 
 
 class ControlServicer:
@@ -136,6 +141,16 @@ class ControlServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ReplaceWorker(self, request, context):
+        """Starts a new worker, of the code that is installed now, and lets it take the place of the one that computes. No request fails:
+        those alive go on with the tokens that they have. Answers once the new one computes, which takes as long as loading the
+        model: give the call that much time. FAILED_PRECONDITION: it did not start, has another model, or another such call is under
+        way; then the old one goes on.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_ControlServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -178,6 +193,11 @@ def add_ControlServicer_to_server(servicer, server):
                     servicer.Drain,
                     request_deserializer=carousel_dot_v1_dot_control__pb2.DrainRequest.FromString,
                     response_serializer=carousel_dot_v1_dot_control__pb2.DrainResponse.SerializeToString,
+            ),
+            'ReplaceWorker': grpc.unary_unary_rpc_method_handler(
+                    servicer.ReplaceWorker,
+                    request_deserializer=carousel_dot_v1_dot_control__pb2.ReplaceWorkerRequest.FromString,
+                    response_serializer=carousel_dot_v1_dot_control__pb2.ReplaceWorkerResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -396,6 +416,33 @@ class Control:
             '/carousel.v1.Control/Drain',
             carousel_dot_v1_dot_control__pb2.DrainRequest.SerializeToString,
             carousel_dot_v1_dot_control__pb2.DrainResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ReplaceWorker(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/carousel.v1.Control/ReplaceWorker',
+            carousel_dot_v1_dot_control__pb2.ReplaceWorkerRequest.SerializeToString,
+            carousel_dot_v1_dot_control__pb2.ReplaceWorkerResponse.FromString,
             options,
             channel_credentials,
             insecure,

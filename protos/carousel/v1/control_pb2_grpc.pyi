@@ -52,6 +52,12 @@ class ControlStub:
     """Ends the server as SIGTERM does: no new requests (health NOT_SERVING, UNAVAILABLE), those alive run to their end, then all
     its processes exit. Answers at once. May be called again, with less time too.
     """
+    ReplaceWorker: _grpc.UnaryUnaryMultiCallable[_control_pb2.ReplaceWorkerRequest, _control_pb2.ReplaceWorkerResponse]
+    """Starts a new worker, of the code that is installed now, and lets it take the place of the one that computes. No request fails:
+    those alive go on with the tokens that they have. Answers once the new one computes, which takes as long as loading the
+    model: give the call that much time. FAILED_PRECONDITION: it did not start, has another model, or another such call is under
+    way; then the old one goes on.
+    """
 
 @_typing.type_check_only
 class ControlAsyncStub(ControlStub):
@@ -73,6 +79,12 @@ class ControlAsyncStub(ControlStub):
     Drain: _aio.UnaryUnaryMultiCallable[_control_pb2.DrainRequest, _control_pb2.DrainResponse]  # type: ignore[assignment]
     """Ends the server as SIGTERM does: no new requests (health NOT_SERVING, UNAVAILABLE), those alive run to their end, then all
     its processes exit. Answers at once. May be called again, with less time too.
+    """
+    ReplaceWorker: _aio.UnaryUnaryMultiCallable[_control_pb2.ReplaceWorkerRequest, _control_pb2.ReplaceWorkerResponse]  # type: ignore[assignment]
+    """Starts a new worker, of the code that is installed now, and lets it take the place of the one that computes. No request fails:
+    those alive go on with the tokens that they have. Answers once the new one computes, which takes as long as loading the
+    model: give the call that much time. FAILED_PRECONDITION: it did not start, has another model, or another such call is under
+    way; then the old one goes on.
     """
 
 class ControlServicer(metaclass=_abc_1.ABCMeta):
@@ -140,6 +152,18 @@ class ControlServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_control_pb2.DrainResponse, _abc.Awaitable[_control_pb2.DrainResponse]]:
         """Ends the server as SIGTERM does: no new requests (health NOT_SERVING, UNAVAILABLE), those alive run to their end, then all
         its processes exit. Answers at once. May be called again, with less time too.
+        """
+
+    @_abc_1.abstractmethod
+    def ReplaceWorker(
+        self,
+        request: _control_pb2.ReplaceWorkerRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_control_pb2.ReplaceWorkerResponse, _abc.Awaitable[_control_pb2.ReplaceWorkerResponse]]:
+        """Starts a new worker, of the code that is installed now, and lets it take the place of the one that computes. No request fails:
+        those alive go on with the tokens that they have. Answers once the new one computes, which takes as long as loading the
+        model: give the call that much time. FAILED_PRECONDITION: it did not start, has another model, or another such call is under
+        way; then the old one goes on.
         """
 
 def add_ControlServicer_to_server(servicer: ControlServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

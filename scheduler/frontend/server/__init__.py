@@ -30,6 +30,7 @@ from scheduler.frontend.chat_template import ChatTemplates
 from scheduler.frontend.config import FrontendConfig
 from scheduler.frontend.core_link import CoreLink
 from scheduler.frontend.defaults import ModelDefaults
+from scheduler.frontend.ledger import Ledger
 from scheduler.frontend.server.authentication import Authentication
 from scheduler.frontend.server.control import Control
 from scheduler.frontend.server.generation import Generation
@@ -73,12 +74,13 @@ class Server:
         tokenizer: Tokenizer,
         templates: ChatTemplates,
         defaults: ModelDefaults,
+        ledger: Ledger | None = None,
     ) -> None:
         """Raises StartError."""
         self._config = config
         logging.getLogger(_GRPCS_LOG).addFilter(is_worth_a_line)
         threads = ThreadPoolExecutor(config.tokenizer_threads, thread_name_prefix="tokenizer")
-        self._generation = Generation(link, tokenizer, defaults, config.served_model_name, threads)
+        self._generation = Generation(link, tokenizer, defaults, config.served_model_name, threads, ledger)
         self._health = Health(link, _SERVICES)
         self._server = grpc.aio.server(options=_options(config), interceptors=_interceptors(config))
         services: Any = Registrar(self._server)

@@ -10,7 +10,7 @@ import time
 from carousel.v1 import control_pb2 as pb
 from carousel.v1.control_pb2_grpc import ControlServicer
 from carousel.v1.generation_pb2 import PriorityClass
-from scheduler.errors import InvalidFieldError, NotFoundError, UnavailableError
+from scheduler.errors import InvalidFieldError, NotFoundError, NotReplacedError, UnavailableError
 from scheduler.frontend.callers import clear_id, core_id
 from scheduler.frontend.core_link import CoreLink
 from scheduler.frontend.defaults import ModelDefaults
@@ -23,6 +23,7 @@ from wire import EndReason, Explanation, Facts, Hindrance, RequestSummary
 DEFAULT_PAGE, MAX_PAGE = 100, 1000  # requests
 DEFAULT_INTERVAL_MS, MIN_INTERVAL_MS, MAX_INTERVAL_MS = 1_000, 100, 60_000  # of WatchLoad
 _TOKEN_BYTES = 8
+_DEVICES = ("auto", "cpu", "cuda", "sim")
 _STATES = {
     "waiting": pb.REQUEST_STATE_WAITING,
     "running": pb.REQUEST_STATE_RUNNING,
@@ -167,6 +168,16 @@ class Control(ControlServicer):
     async def Drain(self, request: pb.DrainRequest, context: Context) -> pb.DrainResponse:
         reply = await self._link.drain(request.timeout_ms if request.HasField("timeout_ms") else -1)
         return pb.DrainResponse(live_requests=reply.num_requests, left_ms=reply.left_ns // 1_000_000)
+
+    @answers_with_status
+    async def ReplaceWorker(self, request: pb.ReplaceWorkerRequest, context: Context) -> pb.ReplaceWorkerResponse:
+        device = request.device
+        if request.HasField("device") and device not in _DEVICES:
+            raise InvalidFieldError("device", f"must be one of {', '.join(_DEVICES)}, not {device!r}")
+        reply = await self._link.replace_worker(device)
+        if reply.error:
+            raise NotReplacedError(reply.error)
+        return pb.ReplaceWorkerResponse(pid=reply.pid, epoch=reply.epoch)
 
     def _facts(self) -> Facts:
         if self._link.facts is None:

@@ -16,6 +16,7 @@ from scheduler.errors import DeadlineError, InvalidFieldError, NotFoundError, Un
 from scheduler.frontend.callers import core_id, options_of
 from scheduler.frontend.core_link import CoreLink
 from scheduler.frontend.defaults import ModelDefaults
+from scheduler.frontend.ledger import Ledger
 from scheduler.frontend.output import Output, StoppableOutput
 from scheduler.frontend.resumption import ResumeState, check_resume, resumed_stream, skip
 from scheduler.frontend.server.authentication import caller
@@ -47,7 +48,13 @@ class Generation(GenerationServicer):
     """Serves requests while a worker is ready; `num_active` calls are under way."""
 
     def __init__(
-        self, link: CoreLink, tokenizer: Tokenizer, defaults: ModelDefaults, served_model_name: str, threads: Executor
+        self,
+        link: CoreLink,
+        tokenizer: Tokenizer,
+        defaults: ModelDefaults,
+        served_model_name: str,
+        threads: Executor,
+        ledger: Ledger | None = None,
     ) -> None:
         self.num_active = 0
         self._link = link
@@ -55,16 +62,18 @@ class Generation(GenerationServicer):
         self._defaults = defaults
         self._served_model_name = served_model_name
         self._threads = threads
+        self._ledger = ledger or Ledger()
 
     @answers_with_status
     async def Generate(self, request: pb.GenerateRequest, context: Context) -> None:  # type: ignore[override]
         self.num_active += 1
         try:
-            running = await self._open(request, context.time_remaining(), Inbox())
-            try:
-                await _write(context, running, self._link)
-            finally:
-                self._link.drop(running.stream)
+            with self._ledger.open(request, context, caller()) as entry:
+                running = entry.running = await self._open(request, context.time_remaining(), Inbox())
+                try:
+                    await _write(context, running, self._link)
+                finally:
+                    self._link.drop(running.stream)
         finally:
             self.num_active -= 1
 
@@ -77,17 +86,18 @@ class Generation(GenerationServicer):
         def count(more: int) -> None:
             self.num_active += more
 
-        await Many(self._link, lambda each, inbox: self._open(each, None, inbox), context, count).run(request)
+        await Many(self._link, lambda each, inbox: self._open(each, None, inbox), context, count, self._ledger).run(request)
 
     @answers_with_status
     async def Resume(self, request: pb.ResumeRequest, context: Context) -> None:  # type: ignore[override]
         self.num_active += 1
         try:
-            running = await self._reopen(request)
-            try:
-                await _write(context, running, self._link)
-            finally:
-                self._link.drop(running.stream)
+            with self._ledger.open(request, context, caller(), is_resumed=True) as entry:
+                running = entry.running = await self._reopen(request)
+                try:
+                    await _write(context, running, self._link)
+                finally:
+                    self._link.drop(running.stream)
         finally:
             self.num_active -= 1
 

@@ -9,6 +9,7 @@ from carousel.v1 import generation_pb2 as pb
 from scheduler.errors import InvalidFieldError, RequestError
 from scheduler.frontend.callers import core_id
 from scheduler.frontend.core_link import CoreLink
+from scheduler.frontend.ledger import Entry, Ledger
 from scheduler.frontend.server.authentication import caller
 from scheduler.frontend.server.running import Running
 from scheduler.frontend.server.status import Context, internal_error, status_message
@@ -24,8 +25,8 @@ _IN_DUE_COURSE = (EndReason.STOP, EndReason.LENGTH)  # any other end is told at 
 class _One:
     """A request of this connection."""
 
-    def __init__(self, running: Running, window: int) -> None:
-        self.running = running
+    def __init__(self, running: Running, window: int, entry: Entry) -> None:
+        self.running, self.entry = running, entry
         self.window = window  # tokens sent and not credited, at most; 0: no window
         self.num_uncredited = 0  # negative: credit was given ahead
         self.waiting: set[Outlet] = set()  # of which something is new, and the window is full
@@ -36,9 +37,12 @@ class _One:
 
 
 class Many:
-    def __init__(self, link: CoreLink, open_request: Open, context: Context, count: Callable[[int], None]) -> None:
+    def __init__(
+        self, link: CoreLink, open_request: Open, context: Context, count: Callable[[int], None], ledger: Ledger
+    ) -> None:
         """count: told how many more requests, or fewer, are under way."""
         self._link, self._open, self._context, self._count = link, open_request, context, count
+        self._ledger = ledger
         self._inbox = Inbox()
         self._of_stream: dict[Stream, _One] = {}
         self._by_id: dict[str, _One] = {}
@@ -56,8 +60,9 @@ class Many:
         finally:
             reading.cancel()
             self._count(-len(self._of_stream))
-            for stream in self._of_stream:
+            for stream, one in self._of_stream.items():
                 self._link.drop(stream)
+                one.entry.end(asyncio.CancelledError())
 
     # --------------------------------------------------------------------------------------------------------- commands
 
@@ -78,16 +83,20 @@ class Many:
 
     async def _submit(self, submit: pb.Submit) -> None:
         request_id = submit.request.request_id
+        entry = self._ledger.open(submit.request, self._context, caller())
         try:
             if not request_id:
                 raise InvalidFieldError("request_id", "must be given, for the events to name it")
             if request_id in self._by_id:
                 raise _AlreadyExistsError(f"request_id {request_id!r} is alive on this connection")
-            one = _One(await self._open(submit.request, self._inbox), submit.window_tokens)
+            running = entry.running = await self._open(submit.request, self._inbox)
+            one = _One(running, submit.window_tokens, entry)
         except RequestError as error:
             self._refuse(request_id, error)
+            entry.end(error)
         except Exception:
             self._refuse(request_id, internal_error("GenerateMany", exc_info=True))
+            entry.end(RequestError("see the line before"))
         else:
             self._of_stream[one.running.stream] = self._by_id[request_id] = one
             self._count(1)
@@ -162,8 +171,10 @@ class Many:
             summary = pb.Summary()
             one.running.summarize(summary)
             response.events.add(request_id=request_id, summary=summary)
+            one.entry.end(None)
         except RequestError as failure:
             _fail(response, request_id, failure)
+            one.entry.end(failure)
         self._link.drop(stream)
 
 

@@ -3,6 +3,7 @@ share it. Knows messages of the public API; no connection."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Collection, Sequence
 from typing import Protocol
 
@@ -40,6 +41,7 @@ class Running:
         self.options, self.stream = options, stream
         self._echo, self._allowed_ns = echo, allowed_ns
         self._num_open = len(stream.outlets)
+        self.first_ns = 0  # CLOCK_MONOTONIC when its first token was ready for the reader; 0: not yet
         self._unechoed = set(range(self._num_open) if options.echo else range(1)).difference(echoed)
 
     @property
@@ -54,6 +56,8 @@ class Running:
         if self._echo is not None and outlet.index in self._unechoed and (outlet.num_received or self.options.echo):
             self._tell_prompt(outlet, new().delta)
         num_received, ended = outlet.num_received, outlet.ended
+        if not self.first_ns and num_received:
+            self.first_ns = time.monotonic_ns()
         piece = outlet.output.take()
         if piece is not None and (piece.tokens or self.options.text):
             self._tell(outlet, piece, new().delta)
@@ -72,6 +76,15 @@ class Running:
         summary.usage.CopyFrom(usage(stats))
         summary.timing.CopyFrom(timing(stats))
         summary.timing.seed = self.options.sampling.seed
+
+    def account(self) -> tuple[RequestStats, tuple[str, ...], bool]:
+        """What is known of it by now: counts and times, why its outputs ended, whether all have."""
+        outlets = self.stream.outlets
+        reasons = tuple(_reason(outlet) for outlet in outlets if outlet.ended is not None)
+        if len(reasons) == len(outlets):
+            return self._total(), reasons, True
+        received = sum(outlet.num_received for outlet in outlets)
+        return RequestStats(prompt_tokens=self.stream.num_prompt, output_tokens=received), reasons, False
 
     def _tell_prompt(self, outlet: Outlet, delta: pb.Delta) -> None:
         assert self._echo is not None
@@ -124,6 +137,11 @@ def _stats(outlet: Outlet) -> RequestStats:
     if not outlet.output.stop_string:
         return stats
     return msgspec.structs.replace(stats, output_tokens=min(stats.output_tokens, outlet.output.num_tokens))
+
+
+def _reason(outlet: Outlet) -> str:
+    assert outlet.ended is not None
+    return EndReason.STOP.value if outlet.output.stop_string else outlet.ended.reason.value
 
 
 def _fill(delta: pb.Delta, told: Sequence[Told | None]) -> None:

@@ -72,7 +72,7 @@ class CoreMachine(RuleBasedStateMachine):
         max_queue_requests=st.sampled_from([100, 100, 100, 3]),
         max_queue_tokens=st.sampled_from([10_000, 10_000, 10_000, 20]),
         static_batch_size=st.integers(0, 5),
-        max_crashes=st.integers(0, 3),
+        max_crashes=st.integers(1, 3),
         max_preemptions=st.sampled_from([0, 1, 3]),
         max_unread_tokens=st.sampled_from([1000, 1000, 1, 3]),
         quota=st.sampled_from([0, 0, 0, 7]),

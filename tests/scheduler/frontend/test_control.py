@@ -24,6 +24,7 @@ from wire import (
     LoadQuery,
     LoadReply,
     Preemption,
+    ReplaceQuery,
     RequestStats,
     RequestSummary,
     SetPolicyQuery,
@@ -273,3 +274,17 @@ def test_drain_tells_who_is_alive_and_nobody_new_comes_in(core: FakeCore, fronte
 def test_drain_hands_its_time_to_the_core(timeout_ms: int, core: FakeCore, frontend: Frontend) -> None:
     frontend.control.Drain(pb.DrainRequest(timeout_ms=timeout_ms))
     assert core.wait_for(DrainQuery).timeout_ms == timeout_ms
+
+
+def test_replace_worker_is_answered_with_the_one_that_computes_then(core: FakeCore, frontend: Frontend) -> None:
+    told = frontend.control.ReplaceWorker(pb.ReplaceWorkerRequest())
+    assert (told.pid, told.epoch) == (4711, 4) and core.wait_for(ReplaceQuery).device == ""
+    frontend.control.ReplaceWorker(pb.ReplaceWorkerRequest(device="cpu"))
+    assert core.wait_for(ReplaceQuery).device == "cpu"
+
+
+def test_a_worker_that_is_not_replaced_is_said_with_the_reason(core: FakeCore, frontend: Frontend) -> None:
+    error = refused(lambda: frontend.control.ReplaceWorker(pb.ReplaceWorkerRequest(device="cuda")))
+    assert (error.code(), error.details()) == (grpc.StatusCode.FAILED_PRECONDITION, "it did not start")
+    error = refused(lambda: frontend.control.ReplaceWorker(pb.ReplaceWorkerRequest(device="toaster")))
+    assert error.code() is grpc.StatusCode.INVALID_ARGUMENT and bad_field(error) == "device"

@@ -1,0 +1,1 @@
+"""`carousel top`: the live batch of a running server on a terminal."""
