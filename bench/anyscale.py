@@ -125,7 +125,7 @@ def measure(run: Run) -> None:
             for system in (TRANSFORMERS_STATIC, TRANSFORMERS_CONTINUOUS):
                 _attempt(run, system, lambda system=system, post_cap=post_cap: _theirs(run, post_cap, system))  # type: ignore[misc]
         if number < size.latency_rounds and not run.stop():
-            _latency(run)
+            _latency(run, number)
     report.finished = not run.stop() and not report.failed
 
 
@@ -295,10 +295,14 @@ def _theirs(run: Run, post_cap: int, system: str) -> str:
 # ---------------------------------------------------------------------------------------------------------------- latency
 
 
-def _latency(run: Run) -> None:
+def _latency(run: Run, number: int) -> None:
     """The memory of the largest cap, as in the post; loads by what static can serve at once."""
     size, report = run.size, run.report
-    ours = [system for system in (STATIC, PREFILL_FIRST, CONTINUOUS) if system in run.systems and system not in report.failed]
+    ours = [
+        system
+        for system in in_turn((CONTINUOUS, STATIC, PREFILL_FIRST), number)
+        if system in run.systems and system not in report.failed
+    ]
     try:
         with _server(run, size.kv_blocks(size.caps[-1]), None, latency=True) as (server, client):
             if not report.capacity:
