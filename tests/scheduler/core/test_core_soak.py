@@ -87,7 +87,7 @@ def soak(policy: str, seed: int, length: int) -> CoreDriver:
 def test_laws_hold_on_busy_batches(policy: str) -> None:
     drivers = [soak(policy, seed, length=200) for seed in range(60)]
     ends = [request.end.reason for driver in drivers for request in driver.requests if request.end is not None]
-    assert set(ends) >= {"stop", "length", "cancelled", "error"}
+    assert set(ends) >= {"stop", "length", "cancelled"}
     preemptions = sum(driver.core.counters.preemptions for driver in drivers)
     assert (preemptions > 100) == (policy == "continuous"), "the pools are small enough to mean something"
 
