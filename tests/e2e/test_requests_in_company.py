@@ -3,6 +3,7 @@ why a request waits; and a reader that stops reading."""
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -128,16 +129,22 @@ def test_a_whole_length_that_can_not_come_in_time_is_refused_with_the_estimate(c
 
 
 def test_the_policy_changes_under_running_requests(client: CarouselClient) -> None:
-    streams = [client.stream(make(f"{i}", max_tokens=500, ignore_eos=True, seed=i)) for i in range(12)]
-    got = [Got() for _ in streams]
-    for policy in ("static", "prefill_first", "continuous", "static", "continuous"):
-        for stream, taken in zip(streams[:4], got, strict=False):
-            taken.take(next(stream))
+    """All of them are read all the time: a static batch waits for a reader who does not."""
+    got = [Got() for _ in range(12)]
+
+    def read(i: int) -> None:
+        for message in client.stream(make(f"{i}", max_tokens=500, ignore_eos=True, seed=i)):
+            got[i].take(message)
+
+    readers = [threading.Thread(target=read, args=(i,)) for i in range(len(got))]
+    for reader in readers:
+        reader.start()
+    for number, policy in enumerate(("static", "prefill_first", "continuous", "static", "continuous"), 1):
+        assert eventually(lambda: sum(len(taken.tokens) for taken in got) > 300 * number)  # noqa: B023
         assert client.set_policy(policy) == policy == client.server_info().policy
-    for stream, taken in zip(streams, got, strict=True):
-        for message in stream:
-            taken.take(message)
-        assert len(taken.tokens) == 500
+    for reader in readers:
+        reader.join(60)
+    assert [len(taken.tokens) for taken in got] == [500] * len(got)
     with pytest.raises(CarouselError) as caught:
         client.set_policy("fifo")
     assert caught.value.code is grpc.StatusCode.INVALID_ARGUMENT and "continuous" in caught.value.message
