@@ -31,7 +31,8 @@ PATIENCE_S = 60.0  # a call without an answer by then has none
 MEMORY_LIMIT = 100 << 20  # bytes that the front end may grow by
 FILES = (generation_pb2, tokenization_pb2, control_pb2, inspect_pb2, grpc_service_pb2, health_pb2, reflection_pb2)
 METHODS = methods(
-    [service for file in FILES for service in file.DESCRIPTOR.services_by_name.values()], without=["carousel.v1.Control.Drain", "carousel.v1.Control.ReplaceWorker"]
+    [service for file in FILES for service in file.DESCRIPTOR.services_by_name.values()],
+    without=["carousel.v1.Control.Drain", "carousel.v1.Control.ReplaceWorker"],
 )
 OFTEN = ("carousel.v1.Generation.Generate", "carousel.v1.Generation.GenerateMany", "carousel.v1.Generation.Resume")
 OFTEN += ("inference.GRPCInferenceService.ModelInfer", "inference.GRPCInferenceService.ModelStreamInfer")
