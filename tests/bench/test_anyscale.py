@@ -170,6 +170,7 @@ def measured(checkpoint: Path, systems: list[str], size: Size) -> dict[str, Any]
     return line
 
 
+@pytest.mark.slow
 def test_our_policies_are_measured_on_one_server(checkpoint: Path) -> None:
     line = measured(checkpoint, [CONTINUOUS, STATIC], replace(SIZE, caps=(512,)))
     (cap,) = line["caps"]
@@ -196,6 +197,7 @@ def test_all_systems_from_the_command_to_the_report(checkpoint: Path, tmp_path: 
     assert page.read_text().count("<svg") == 3
 
 
+@pytest.mark.slow
 def test_a_system_that_fails_is_left_out_and_said(tmp_path: Path) -> None:
     report = Report(replace(SIZE, caps=(32,)), seed=0)
     said: list[str] = []

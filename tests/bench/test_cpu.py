@@ -38,6 +38,7 @@ def test_weights_are_made_once(checkpoint: Path) -> None:
     assert [entry.name for entry in checkpoint.parent.iterdir()] == [checkpoint.name]
 
 
+@pytest.mark.slow
 def test_carousel_and_static_batches_side_by_side(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
     report = Report(TINY, SIZE, seed=0)
     measure(report, checkpoint, ["carousel", "static-4"], lambda text: None)
@@ -60,6 +61,7 @@ def test_continuous_batches_of_transformers(checkpoint: Path) -> None:
     assert not report.failed and report.outcomes["continuous"][0].requests == 6
 
 
+@pytest.mark.slow
 def test_an_engine_that_fails_is_left_out_and_said(checkpoint: Path, tmp_path: Path) -> None:
     report = Report(TINY, SIZE, seed=0)
     said: list[str] = []

@@ -121,6 +121,7 @@ def test_what_was_stopped_is_kept(simulated: Server) -> None:
     assert (len(offered.heard), offered.unfinished, offered.unsent) == (5, 0, 1)
 
 
+@pytest.mark.slow
 def test_a_server_that_goes_away_is_told_and_what_came_is_kept() -> None:
     with Server(["--model", str(MODEL), "--device", "sim"]) as server:
         caller = Caller(server.port, 1)

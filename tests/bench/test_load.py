@@ -48,6 +48,7 @@ def test_an_open_loop_over_a_file_gives_figures_and_a_line_of_json(server: Serve
     assert line["KV cache"]["steps"] > 0
 
 
+@pytest.mark.slow
 def test_sessions_in_a_closed_loop(server: Server) -> None:
     done = bench(server, "--workload", "conversations", "--concurrency", "8", "--requests", "2", "--no-text")
     assert done.exit_code == 0 and "8 at once" in done.output, done.output

@@ -69,6 +69,7 @@ def found_capacity(policy: str) -> Capacity:
     return capacity(one, "goodput", attempt, 2 * saturated_rate(one, attempt))
 
 
+@pytest.mark.slow
 def test_continuous_has_more_capacity_than_static() -> None:
     continuous, static = found_capacity("continuous"), found_capacity("static")
     assert continuous.rate > 3 * static.rate
