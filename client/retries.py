@@ -44,11 +44,12 @@ class Attempts:
 
     def delay_s(self, error: CarouselError, now_s: float, draw: float) -> float | None:
         """Seconds until the next attempt after this error; None: there is none. draw: random, [0, 1). Exponential back-off
-        with full jitter (https://aws.amazon.com/blogs/architecture/exponential-backoff-and-jitter), on top of the delay that
-        the server asks for: those who are refused together do not come again together."""
+        with equal jitter (https://aws.amazon.com/blogs/architecture/exponential-backoff-and-jitter), on top of the delay that
+        the server asks for: those who are refused together do not come again together, and nobody so soon that gRPC, which
+        has a back-off of its own before it connects again, has not tried."""
         if self._retries is not None and self._made >= self._retries:
             return None
-        delay_s = (error.retry_after_s or 0.0) + min(_LONGEST_S, _FIRST_S * 2.0**self._made) * draw
+        delay_s = (error.retry_after_s or 0.0) + min(_LONGEST_S, _FIRST_S * 2.0**self._made) * (1 + draw) / 2
         if self._until_s is not None and now_s + delay_s >= self._until_s:
             return None
         self._made += 1
