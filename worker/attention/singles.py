@@ -1,5 +1,5 @@
-"""Attention of single queries, each with a context of its own: two ways to compute it on a CPU, the better one first. Sparse
-reads the blocks where they lie; gathered copies them first, and can do whatever torch can.
+"""Attention of single queries, each with a context of its own: three ways to compute it on a CPU, the best first. Compiled and
+sparse read the blocks where they lie; gathered copies them first, and can do whatever torch can.
 
 Legend: N queries, R rows, W blocks of the widest table, H query heads, K key-value heads, D head size, L tokens of the longest
 context of a group.
@@ -57,15 +57,16 @@ class CompiledSingles:
 
     _PART = 3000  # keys that query heads see in a part, at least: some 100 µs
 
-    def __init__(self, queries: Queries, num_heads: int) -> None:
+    def __init__(self, queries: Queries, num_heads: int, num_kv_heads: int) -> None:
         self._tokens, self._num_tokens = torch.from_numpy(queries.token), queries.num_tokens
         self._tables = torch.from_numpy(queries.tables[queries.row].astype(np.int64))
         self._lengths = torch.from_numpy(queries.length)
-        self._parts = list(_parts(queries.length, -(-self._PART // num_heads)))
+        pairs = np.repeat(queries.length, num_kv_heads)  # of a query and a key-value head
+        self._parts = list(_parts(pairs, -(-self._PART * num_kv_heads // num_heads)))
 
     @classmethod
     def of(cls, queries: Queries, num_heads: int, kv_layer: Tensor) -> CompiledSingles | None:
-        return cls(queries, num_heads) if compiled.fits_cache(kv_layer) else None
+        return cls(queries, num_heads, kv_layer.shape[2]) if compiled.fits_cache(kv_layer) else None
 
     def attend(self, q_THD: Tensor, kv_layer: Tensor, scale: float) -> Tensor:
         whole = len(self._tokens) == self._num_tokens
@@ -77,7 +78,7 @@ class CompiledSingles:
 
 
 def _parts(length: I64, size: int) -> Iterator[slice]:
-    """Of consecutive queries that together see about `size` keys."""
+    """Of consecutive ones that together see about `size` keys."""
     part_of = (np.cumsum(length) - 1) // size
     begins = [0, *(np.flatnonzero(np.diff(part_of)) + 1).tolist(), len(length)]
     yield from (slice(begin, end) for begin, end in itertools.pairwise(begins))

@@ -1,7 +1,7 @@
 """The small operations of a step as compiled loops, where numba is installed: norms, rotation, cache writes, quantizing, and
-attention of few queries. One loop takes the place of five to ten torch operations, each of which costs some microseconds to
-call. Every one has its twin in torch, which is used where these do not fit: without numba, on a GPU, in half precision, and
-for many rows, which torch divides among threads. (numba's own threads would spin against torch's.)
+attention of single queries. One loop takes the place of five to ten torch operations, each of which costs some microseconds to
+call. Every one has its twin in torch, which is used where these do not fit: without numba, on a GPU, in half precision, and,
+but for attention, for many rows, which torch divides among threads. (numba's own threads would spin against torch's.)
 
 `load` is called once by a worker on a CPU; until then, and where it finds no numba, nothing here fits.
 """
@@ -131,7 +131,8 @@ def quantize_rows(x_TI: Tensor, levels: float, zero: float, least_scale: float) 
 def attend(
     q_NHD: Tensor, kv_layer: Tensor, tables_NW: Tensor, lengths_N: Tensor, parts: Sequence[slice], scale: float, out_NHD: Tensor
 ) -> None:
-    """Query i over the first lengths[i] tokens of the blocks tables[i], as attention.singles; in parts, which threads share."""
+    """Query i over the first lengths[i] tokens of the blocks tables[i], as attention.singles; in parts of the N · K pairs of a
+    query and a key-value head, which threads share."""
     assert _kernels is not None
     arrays = (q_NHD.numpy(), _cache(kv_layer), tables_NW.numpy(), lengths_N.numpy(), scale, out_NHD.numpy())
     attend_part = _kernels.attend

@@ -1,7 +1,7 @@
 """The loops, compiled by numba for exactly these types when this module is imported, and cached on disk where that can be.
 
-One thread each. Sums may be reordered and products contracted (that is what makes them vector code); NaN and infinities mean
-what they mean elsewhere, and no row reads another.
+One thread each; attention takes parts, for several (threads.py). Sums may be reordered and products contracted (that is what
+makes them vector code); NaN and infinities mean what they mean elsewhere, and no row reads another.
 
 Legend: T rows, C numbers of a row, A = H + 2K heads of a fused projection, N queries, H query heads, K key-value
 heads, D head size, P blocks of the layer, S tokens of a block, W blocks of the widest table.
@@ -238,28 +238,28 @@ def _weigh(weights_S, values_SD, there, sums_D):  # type: ignore[no-untyped-def]
     )
 )
 def attend(q_NHD, kv_2PKSD, tables_NW, lengths_N, scale, out_NHD, first, end):  # type: ignore[no-untyped-def]
-    """Queries `first` to `end`. Keys and values are read where they lie, several tokens at a time so that queries and sums stay
-    in registers; slots past a length are not read."""
+    """Of the N · K pairs of a query and a key-value head, those from `first` to `end`. Keys and values are read where they lie,
+    several tokens at a time so that queries and sums stay in registers; slots past a length are not read."""
     heads, size = q_NHD.shape[1], q_NHD.shape[2]
     kv_heads, block = kv_2PKSD.shape[2], kv_2PKSD.shape[3]
     group = heads // kv_heads
     longest = 0
-    for n in range(first, end):
+    for n in range(first // kv_heads, (end + kv_heads - 1) // kv_heads):
         longest = max(longest, lengths_N[n])
     weights_GL = np.empty((group, longest), np.float32)
-    for n in range(first, end):
+    for pair in range(first, end):
+        n, k = pair // kv_heads, pair % kv_heads
         length = lengths_N[n]
-        for k in range(kv_heads):
-            for at in range(0, length, block):
-                keys_SD, there = kv_2PKSD[0, tables_NW[n, at // block], k], min(block, length - at)
-                for g in range(group):
-                    _scores(q_NHD[n, k * group + g], keys_SD, there, scale, weights_GL[g, at:])
+        for at in range(0, length, block):
+            keys_SD, there = kv_2PKSD[0, tables_NW[n, at // block], k], min(block, length - at)
             for g in range(group):
-                total, sums_D = _softmax(weights_GL[g], length), out_NHD[n, k * group + g]
-                for d in range(size):
-                    sums_D[d] = 0
-                for at in range(0, length, block):
-                    values_SD, there = kv_2PKSD[1, tables_NW[n, at // block], k], min(block, length - at)
-                    _weigh(weights_GL[g, at:], values_SD, there, sums_D)
-                for d in range(size):
-                    sums_D[d] /= total
+                _scores(q_NHD[n, k * group + g], keys_SD, there, scale, weights_GL[g, at:])
+        for g in range(group):
+            total, sums_D = _softmax(weights_GL[g], length), out_NHD[n, k * group + g]
+            for d in range(size):
+                sums_D[d] = 0
+            for at in range(0, length, block):
+                values_SD, there = kv_2PKSD[1, tables_NW[n, at // block], k], min(block, length - at)
+                _weigh(weights_GL[g, at:], values_SD, there, sums_D)
+            for d in range(size):
+                sums_D[d] /= total

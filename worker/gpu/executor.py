@@ -93,12 +93,12 @@ class GpuExecutor:
 
     def _rehearse(self) -> None:
         """A step of every kind, so that what can't work fails before the hello, and no kernel is compiled while somebody
-        waits for it: a long chunk; a short one, with all that can be asked for, beside a decode; two decodes."""
+        waits for it: a long chunk; a short one, with all that can be asked for, beside a decode; decodes."""
         facts, block_size = self.facts, self.facts.block_size
         blocks = np.arange(1, min(facts.num_blocks, self._table_width) + 1, dtype=np.int32)
         long = min(facts.max_step_tokens, facts.max_model_len - 2, len(blocks[:-1]) * block_size - 2)
-        if long < 1 or facts.max_batch_rows < 2:
-            return  # a pool of one block is for tests of sizes
+        if long < 1 or min(facts.max_batch_rows, facts.max_step_tokens) < 2:
+            return  # too small for two rows: compiled when it is needed
         everything = SamplingSpec(1.0, 5, 0.9, 0.1, 0, repetition_penalty=1.1, logprobs=1)
         rows = [(0, long, blocks[:-1], _PLAIN), (1, 1, blocks[-1:], everything)]
         starts = [SequenceStart(slot, slot, 0, 1, count, 0, len(own), spec) for slot, count, own, spec in rows]
@@ -175,7 +175,7 @@ class GpuExecutor:
             return x.drawing
         logits_NV = self._model.logits(hidden_TC[x.drawing.long()])
         of_draws = OfDraws(self._sequences, rows, logits_NV)
-        tokens_N = draw(logits_NV, self._state, x.draw_slots, x.draw_positions, self._lists(rows, inputs))
+        tokens_N = draw(logits_NV, self._state, x.draw_slots, x.draw_positions, self._lists(rows))
         of_draws.tell(told, rows, tokens_N)
         return tokens_N
 
@@ -187,7 +187,7 @@ class GpuExecutor:
         self._streams.upload(numbers, self._numbers)
         return cut(self._numbers, sizes)
 
-    def _lists(self, rows: StepRows, inputs: StepInputs[I32]) -> Lists | None:
+    def _lists(self, rows: StepRows) -> Lists | None:
         """Stop tokens and biases of the rows that draw, where the device does not keep all of them."""
         columns, slots = self._sequences.columns, rows.slots[rows.drawing]
         if not has_long_list(columns, slots):

@@ -19,14 +19,8 @@ from typing import Any
 from worker.config import DTYPES, ConfigError, WorkerConfig
 from worker.model_config import ModelError
 
-SMS = {
-    80: 108,
-    86: 84,
-    89: 142,
-    90: 132,
-    100: 148,
-    120: 170,
-}  # multiprocessors by compute capability, where it is not asked for
+# Multiprocessors by compute capability.
+SMS = {80: 108, 86: 84, 89: 142, 90: 132, 100: 148, 120: 170}
 _ROWS = 256  # of a step whose contexts are not divided among programs
 
 
