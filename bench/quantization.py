@@ -48,12 +48,13 @@ class Runner:
 
         from kvcache.storage import KVStorage
         from worker import attention
+        from worker.loading import cache_dtype
         from worker.models import load_model
 
         self.model, shape = load_model(folder, torch.float32, "cpu", longest, quantization)
         self._blocks = -(-longest // _BLOCK)
         sizes = (shape.num_layers, self._blocks, shape.num_kv_heads, _BLOCK, shape.head_dim)
-        self._kv = KVStorage(*sizes, torch.float32, "cpu")
+        self._kv = KVStorage(*sizes, cache_dtype(quantization, torch.float32), "cpu")
         self._attention = attention.choose("cpu")
 
     def round_activations(self) -> None:

@@ -156,7 +156,7 @@ def _allocate(
     for _ in range(_TRIES):
         sizes = (shape.num_layers, pool.num_blocks, shape.num_kv_heads, pool.block_size, shape.head_dim)
         try:
-            return KVStorage(*sizes, _cache_dtype(config, dtype), device, _host_blocks(config, pool, device)), pool
+            return KVStorage(*sizes, cache_dtype(config.quantization, dtype), device, _host_blocks(config, pool, device)), pool
         except torch.OutOfMemoryError:
             torch.cuda.empty_cache()
             is_wished = config.wish.num_blocks is not None or config.wish.memory_bytes is not None
@@ -225,7 +225,7 @@ def _size_pool(
 ) -> PoolSize:
     on_cpu = device.type == "cpu"
     return size_pool(
-        bytes_per_token=shape.kv_bytes_per_token(_cache_dtype(config, dtype).itemsize),
+        bytes_per_token=shape.kv_bytes_per_token(cache_dtype(config.quantization, dtype).itemsize),
         block_size=config.block_size,
         model_len=shape.max_model_len,
         max_batch_rows=config.limits(device.type)[0],
@@ -265,9 +265,9 @@ def _swap_block_ns(kv: KVStorage, device: torch.device) -> int:
     return max(1, int(statistics.median(rounds[1:])) // (2 * count))  # the first one warms up
 
 
-def _cache_dtype(config: WorkerConfig, dtype: torch.dtype) -> torch.dtype:
+def cache_dtype(quantization: str, dtype: torch.dtype) -> torch.dtype:
     """With weights of 8 bits keys and values need not be exact either: half of float32's bytes are read in less time."""
-    return torch.bfloat16 if config.quantization == "int8" and dtype == torch.float32 else dtype
+    return torch.bfloat16 if quantization == "int8" and dtype == torch.float32 else dtype
 
 
 def _weights_name(dtype: torch.dtype, quantization: str) -> str:
@@ -301,7 +301,7 @@ def _facts(
 ) -> WorkerFacts:
     dtype_name, weights = str(dtype).removeprefix("torch."), _weights_name(dtype, config.quantization)
     rows, tokens = config.limits(device.type)
-    stored = _cache_dtype(config, dtype)
+    stored = cache_dtype(config.quantization, dtype)
     of = "" if stored == dtype else f" of {str(stored).removeprefix('torch.')}:"
     by = f", {'loops' if device.type == 'cpu' else 'kernels'} by {loops}" if loops else ""
     where = f"cpu ({threads} threads{_lacking()}{by})" if device.type == "cpu" else f"{torch.cuda.get_device_name(device)}{by}"
