@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 import signal
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
     from scheduler.frontend.tracing import Tracing
 
 log = logging.getLogger(__name__)
+
+_CORE_WAIT_S = 5.0  # a core that begins at the same time is there much sooner
 
 
 def run(config: FrontendConfig) -> int:
@@ -63,12 +66,21 @@ class Listeners:
             await self._tracing.close()
 
 
+async def _first_facts(link: CoreLink) -> None:
+    """Nobody's call should come to a front end that knows nothing yet, where another one of the port knows. Without a core it
+    listens all the same: its health says why."""
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(_CORE_WAIT_S):
+            await link.facts_changed.wait()
+
+
 async def _serve(config: FrontendConfig, tokenizer: Tokenizer, templates: ChatTemplates, model_defaults: ModelDefaults) -> None:
     told_to_stop = asyncio.Event()
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, told_to_stop.set)
     link = CoreLink(config.core_endpoint)
     try:
         listeners = Listeners(config, link)
+        await _first_facts(link)
         grpc_server = server.Server(config, link, tokenizer, templates, model_defaults, Ledger(listeners.all))
         port = await grpc_server.start()
         log.info("listening on %s, port %d, %s", config.host, port, "with TLS" if config.tls else "without TLS")

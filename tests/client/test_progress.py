@@ -44,7 +44,7 @@ def asked(progress: Progress) -> list[tuple[int, int, int]]:
 def test_before_anything_came_the_request_itself_is_sent_again() -> None:
     progress = begin()
     first, _ = progress.call(0.0)
-    assert progress.failed(GONE, 0.0, 0.5) == 0.05
+    assert progress.failed(GONE, 0.0, 0.0) == 0.05
     assert progress.call(0.0)[0] is first and isinstance(first, pb.GenerateRequest)
 
 
@@ -136,14 +136,14 @@ def test_that_an_id_is_taken_is_an_error_where_the_attempt_can_not_have_got_thro
 def test_without_a_window_the_dropped_attempt_is_waited_out() -> None:
     progress = begin(window_ms=0)
     progress.failed(GONE, 0.0, 0.5)
-    assert progress.failed(EXISTS, 0.0, 0.5) == 0.1
+    assert progress.failed(EXISTS, 0.0, 0.0) == 0.1
     assert isinstance(progress.call(0.0)[0], pb.GenerateRequest)
 
 
 def test_a_part_of_the_server_that_died_with_the_request_is_asked_for_it() -> None:
     """It may have kept it: for as long as it is kept, not only for as many attempts as a beginning gets."""
     progress, lost = begin(), CarouselError(grpc.StatusCode.UNAVAILABLE, "gone", retry_after_s=0.2, reason="CORE_LOST")
-    assert progress.failed(lost, 0.0, 0.0) == 0.2
+    assert progress.failed(lost, 0.0, 0.0) == 0.25
     assert asked(progress) == []
     for _ in range(20):
         progress.failed(lost, 1.0, 0.0)
@@ -235,13 +235,13 @@ def test_each_break_has_a_window_of_its_own() -> None:
     progress = begin(window_ms=10_000)
     for i in range(5):
         progress.take(delta(i, 1, i, "a"))
-        assert progress.failed(BROKEN, 9.0 * i, 0.5) == 0.05
+        assert progress.failed(BROKEN, 9.0 * i, 0.0) == 0.05
 
 
 def test_what_is_attached_to_is_resumed_from_the_first_call_on() -> None:
     progress = Progress(make_resume("r", {1: (4, 9)}), 30_000, Attempts(2, None))
     assert asked(progress) == [(1, 4, 9)]
-    assert progress.failed(GONE, 0.0, 0.5) == 0.05
+    assert progress.failed(GONE, 0.0, 0.0) == 0.05
     late = delta(3, 2, 8, "ab", index=1)
     assert progress.take(late) and list(late.delta.token_ids) == [4] and late.delta.text == "b"
     unknown = CarouselError(grpc.StatusCode.NOT_FOUND, "no")

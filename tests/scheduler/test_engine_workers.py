@@ -187,11 +187,14 @@ def test_one_who_stands_by_and_falls_silent_does_not_take_over(engines: Any) -> 
 
 def test_another_model_can_not_stand_by(engines: Any) -> None:
     engine, frontend = engines()
-    HandWorker(engine, SimExecutor(FACTS))
+    worker = HandWorker(engine, SimExecutor(FACTS))
     frontend.until(lambda message: isinstance(message, Facts) and message.ready)
     other = Dealer(engine, engine.workers)
     other.send(WorkerHello(0, msgspec.structs.replace(FACTS, vocab_size=999)))
     assert other.receive() == Retired("its vocab_size is 999, and 1000 is served")
+    frontend.send(request(1, PROMPT, 2))
+    run_steps(worker, 2)
+    assert len(tokens_of(frontend.until(is_end), 1)) == 2
 
 
 def test_a_rolling_change_loses_no_token_and_blames_nobody(engines: Any) -> None:
