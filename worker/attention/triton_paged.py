@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from worker.attention.base import AttentionInputs
+from worker.gpu.streams import to_device
 from worker.kernels.heuristics import (
     I32,
     AttentionConfig,
@@ -87,9 +88,7 @@ class AttentionPlan:
             *query_tiles(rows[is_few], query_lens, context_lens, decode.block_q),
             *query_tiles(chunks, query_lens, context_lens, prefill.block_q),
         ]
-        numbers = torch.from_numpy(np.concatenate(lists))
-        if shape.device.type == "cuda":
-            numbers = numbers.pin_memory().to(shape.device, non_blocking=True)
+        numbers = to_device(np.concatenate(lists), shape.device)
         decode_row, decode_first, prefill_row, prefill_first = numbers.split([len(x) for x in lists])
         plan = cls(
             Tiles(decode_row, decode_first, decode) if len(decode_row) else None,

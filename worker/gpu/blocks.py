@@ -18,6 +18,7 @@ from torch import Tensor
 
 from kvcache.storage import STAGE_BYTES, KVStorage, runs
 from wire.messages import I32
+from worker.gpu.streams import to_device
 from worker.kernels.block_copy import BlockMover
 
 
@@ -69,7 +70,7 @@ class DeviceBlocks:
             yield slice(at, at + len(self._leaving))
 
     def _index(self, *ids: I32) -> tuple[Tensor, ...]:
-        return tuple(torch.from_numpy(np.array(each, np.int32)).to(self._device) for each in ids)
+        return tuple(to_device(each.astype(np.int32), self._device) for each in ids)
 
     @contextlib.contextmanager
     def _on_bus(self, after: torch.cuda.Event | None = None) -> Iterator[None]:

@@ -29,7 +29,7 @@ from worker.gpu.draw import Lists, draw
 from worker.gpu.graphs import Graphs, sizes_up_to
 from worker.gpu.inputs import Sizes, StepInputs, cut, put, step_inputs
 from worker.gpu.state import DeviceState, has_long_list
-from worker.gpu.streams import CudaStreams, Fetched, HostStreams, Streams
+from worker.gpu.streams import CudaStreams, Fetched, HostStreams, Streams, to_device
 from worker.kernels.prepare import gather_tables, prepare_tokens, write_tables
 from worker.loading import Loaded
 from worker.logprobs import OfDraws, Told, of_prompts
@@ -193,7 +193,7 @@ class GpuExecutor:
         if not has_long_list(columns, slots):
             return None
         arrays = (columns.bias_token_ids[slots], columns.bias[slots], columns.stop_token_ids[slots])
-        return Lists(*(torch.from_numpy(np.ascontiguousarray(array)).to(self._device) for array in arrays))
+        return Lists(*(to_device(array, self._device) for array in arrays))
 
     def _decode(self, x: StepInputs[Tensor]) -> Tensor:
         """A decode step, as it is captured: reads and writes the same memory each time, and no number of the host's."""

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from wire.messages import StepPlan
+from worker.gpu.streams import to_device
 from worker.kernels.sampling.adjust import fill_seen
 from worker.sampling_columns import SamplingColumns
 from worker.sequences import Sequences
@@ -48,19 +49,19 @@ class DeviceState:
         if not starts:
             return
         slots = np.fromiter((start.slot for start in starts), np.int64, len(starts))
-        where = torch.from_numpy(slots).to(self.device)
+        where = to_device(slots, self.device)
         columns = sequences.columns
-        self.columns[:, where] = torch.from_numpy(_columns(sequences, slots)).to(self.device)
-        self.seeds_S[where] = torch.from_numpy(columns.seed[slots].view(np.int64)).to(self.device)
+        self.columns[:, where] = to_device(_columns(sequences, slots), self.device)
+        self.seeds_S[where] = to_device(columns.seed[slots].view(np.int64), self.device)
         for lists, target, nothing in (
             (columns.bias_token_ids, self.bias_tokens_SL, -1),
             (columns.bias, self.bias_SL, 0),
             (columns.stop_token_ids, self.stop_tokens_SL, -1),
         ):
-            target[where] = torch.from_numpy(_narrow(lists[slots], nothing)).to(self.device)
+            target[where] = to_device(_narrow(lists[slots], nothing), self.device)
         for slot in slots[has_penalty(columns, slots)].tolist():
             given = sequences.tokens[slot, : sequences.num_given[slot]]
-            fill_seen(self.seen_SV, slot, torch.from_numpy(given.copy()).to(self.device), int(sequences.num_prompt[slot]))
+            fill_seen(self.seen_SV, slot, to_device(given, self.device), int(sequences.num_prompt[slot]))
 
     def of(self, slots_N: Tensor) -> dict[str, Tensor]:
         """The columns of these slots, [N] each, by name."""

@@ -20,6 +20,12 @@ Replay = Callable[[], None]
 _UPLOADS = 4  # steps whose numbers may be on their way: two are, in a pipeline of depth two
 
 
+def to_device(array: np.ndarray, device: torch.device) -> Tensor:
+    """A copy that nobody waits for: from pageable memory, torch would wait until the device has done all that was launched."""
+    tensor = torch.from_numpy(np.ascontiguousarray(array))
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.clone()
+
+
 class Fetched(Protocol):
     def wait(self) -> tuple[I32, int]:
         """Blocks until the step is done: its tokens, and the nanoseconds that the device took for it. From any thread."""
@@ -50,6 +56,7 @@ class CudaStreams:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._side = torch.cuda.Stream(device)
+        self._capturing = torch.cuda.Stream(device)  # one for all: libraries keep a workspace for each stream that they saw
         self._uploads: deque[tuple[Tensor, torch.cuda.Event]] = deque()
         self._next: tuple[Tensor, torch.cuda.Event] | None = None
         self._began: torch.cuda.Event | None = None
@@ -91,13 +98,11 @@ class CudaStreams:
         return _CudaFetched(pinned, self._began, ended, arrived)
 
     def capture(self, launch: Callable[[], None]) -> Replay:
-        side = torch.cuda.Stream(self._device)
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
+        self._capturing.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._capturing):
             launch()  # libraries make their workspaces, kernels are loaded
-        torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
+        with torch.cuda.graph(graph, pool=self._pool, stream=self._capturing):
             launch()
         self._pool = self._pool or graph.pool()
         return graph.replay
