@@ -11,9 +11,10 @@ PORT ?= 50051
 DEVICE ?= auto
 WHEELS ?=
 ARGS ?=
+TOGETHER := -n 2 --dist loadfile # tests wait more than they compute; those of a file share its fixtures
 
 .DEFAULT_GOAL := help
-.PHONY: help demo serve test test-all lint bench-core bench-edge bench-scheduler bench-cpu bench-peers bench-anyscale bench-journal gpu-check protos env clean
+.PHONY: help demo serve test test-all lint bench-core bench-edge bench-scheduler bench-cpu bench-peers bench-anyscale bench-journal overload chaos soak gpu-check protos env clean
 
 help:
 	@echo "make demo              24 concurrent requests on the bundled model: watch the batch turn, compare with static"
@@ -25,6 +26,9 @@ help:
 	@echo "make bench-core        what the scheduler costs: targets S1, S2, S3, without a model (ARGS=--quick: a minute)"
 	@echo "make bench-edge        what gRPC takes, with a null model: targets S4, S5, S6 (3 minutes; ARGS=--quick: 20 seconds)"
 	@echo "make bench-journal     what the journal costs a step, by fsync policy"
+	@echo "make overload          three times the load that a server can take, and 10,000 idle streams (8 minutes; ARGS=--quick: one)"
+	@echo "make chaos             kill every kind of process in a loop under load: tokens lost or doubled, recovery (5 minutes; ARGS=--quick: one)"
+	@echo "make soak              200,000 requests, all kinds of them, with kills at random times: at most 15 minutes"
 	@echo "make bench-scheduler   what it decides, simulated: four workloads by three policies, and targets G11, G14, G15"
 	@echo "make bench-cpu         Carousel and transformers on this CPU: targets C1, C3, C4, C5 (10 minutes; ARGS=--quick: two)"
 	@echo "make bench-anyscale    continuous ÷ static, four caps and latency at two loads, and a report (45 minutes; ARGS=--quick: 10)"
@@ -49,10 +53,10 @@ serve: $(READY)
 	@exec $(BIN)/carousel serve --model '$(MODEL)' --device $(DEVICE) --host $(HOST) --port $(PORT) $(ARGS)
 
 test: lint
-	$(BIN)/python -m pytest -m "not slow" $(ARGS)
+	$(BIN)/python -m pytest $(TOGETHER) -m "not slow" $(ARGS)
 
 test-all: lint
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest $(TOGETHER) $(ARGS)
 
 lint: $(READY)
 	$(BIN)/ruff check .
@@ -92,6 +96,17 @@ bench-peers: $(READY)
 
 bench-journal: $(READY)
 	$(BIN)/python -m bench.journal --json bench/results/journal.jsonl $(ARGS)
+
+overload: $(READY)
+	$(BIN)/python -m bench.overload --json bench/results/overload.jsonl $(ARGS)
+
+# ARGS='--device sim' for the simulated worker; --json FILE keeps the results.
+chaos: $(READY)
+	$(BIN)/python -m bench.chaos $(ARGS)
+
+# ARGS='--requests 20000 --seed 1 --minutes 3': a shorter one.
+soak: $(READY)
+	$(BIN)/python -m bench.soak $(ARGS)
 
 # In .venv if it is there, else with python3, as GPU machines bring their own torch; PYTHON=… chooses. WHEELS: a folder of wheels
 # for what is missing there. Nothing is installed for good.

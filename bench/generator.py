@@ -79,6 +79,7 @@ class Heard:
     tokens: list[tuple[int, int]] = field(default_factory=list)  # (time, how many came then)
     prompt_tokens: int = 0
     cached_tokens: int = 0
+    details: bytes = b""  # a google.rpc.Status: what else was told of a failure
     reply: I32 | None = None  # with those of the turns before; only where a turn follows
 
     @property
@@ -178,6 +179,7 @@ class _Offer:
         heard, turn = self.alive.pop(answer.key), self.jobs[answer.key]
         heard.ended_ns = answer.ended_ns
         heard.status = _STATUS.get(answer.status, RESET if answer.status < 0 else str(answer.status))
+        heard.details = answer.details
         ids = _look_into(heard, answer)
         self.heard.append(heard)
         self.tokens += len(ids)

@@ -20,6 +20,7 @@ _DATA, _HEADERS, _RST_STREAM, _SETTINGS, _PING, _GOAWAY, _WINDOW_UPDATE = 0, 1, 
 _END_STREAM = _ACK = 1
 _END_HEADERS = 4
 _HEADER_TABLE_SIZE, _INITIAL_WINDOW_SIZE = 1, 4  # settings
+_TAKES_BINARY = 0xFE03  # gRPC's own: values of headers whose names end in -bin may come as they are
 _LARGEST_WINDOW = (1 << 31) - 1
 _FIRST_WINDOW = 65_535
 _MOST_DATA = 16_384  # of one frame
@@ -29,6 +30,7 @@ _FRAME = struct.Struct(">HBBBL")  # length (high, low), type, flags, stream
 _CONNECT_S = 10.0
 _NOT_NOW = (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
 _PREFIX = struct.Struct(">BL")  # of a message: compressed or not, length
+_STATUS_NAME, _DETAILS_NAME = b"\x0bgrpc-status", b"\x17grpc-status-details-bin"  # after their lengths
 
 
 class CallError(Exception):
@@ -66,6 +68,7 @@ class Answer:
     messages: list[bytes] = field(default_factory=list)
     at_ns: list[int] = field(default_factory=list)  # of each message: when its last byte was read
     key: int = 0
+    details: bytes = b""  # a google.rpc.Status, where the server told more than the status
 
 
 class _Stream:
@@ -97,7 +100,8 @@ class _Connection:
         self._out = bytearray(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n")
         # No table for headers: what comes is then readable without remembering.
         window = 0 if holds else _LARGEST_WINDOW
-        self._out += _frame(_SETTINGS, 0, 0, struct.pack(">HLHL", _HEADER_TABLE_SIZE, 0, _INITIAL_WINDOW_SIZE, window))
+        settings = ((_HEADER_TABLE_SIZE, 0), (_INITIAL_WINDOW_SIZE, window), (_TAKES_BINARY, 1))
+        self._out += _frame(_SETTINGS, 0, 0, b"".join(struct.pack(">HL", *setting) for setting in settings))
         self._widen(_LARGEST_WINDOW - _FIRST_WINDOW)
 
     @property
@@ -189,7 +193,8 @@ class _Connection:
         if kind == _HEADERS:
             self._hear(self._streams[number].answer)
             if flags & _END_STREAM:
-                self._streams[number].answer.status = _status(payload)
+                answer = self._streams[number].answer
+                answer.status, answer.details = _status(payload), _details(payload)
                 self._end(number)
         elif kind == _RST_STREAM:
             if number in self._streams:
@@ -267,8 +272,23 @@ def _text(value: bytes) -> bytes:
 
 def _status(headers: bytes) -> int:
     """gRPC's, from trailers without a table."""
-    _, name, rest = headers.partition(b"grpc-status")
+    _, name, rest = headers.partition(_STATUS_NAME)
     return int(rest[1 : 1 + rest[0]]) if name else -1
+
+
+def _details(headers: bytes) -> bytes:
+    """Behind the name stand a length (RFC 7541, section 5.1), a 0 for binary, and the bytes."""
+    _, name, rest = headers.partition(_DETAILS_NAME)
+    if not name:
+        return b""
+    size, at = rest[0] & 127, 1
+    if size == 127:
+        shift, more = 0, True
+        while more:
+            size += (rest[at] & 127) << shift
+            shift, more, at = shift + 7, rest[at] >= 128, at + 1
+    value = rest[at : at + size]
+    return value[1:] if value[:1] == b"\0" else b""
 
 
 class Caller:
@@ -300,13 +320,22 @@ class Caller:
             if news is None:
                 raise CallError(f"nothing came for {self._patience_s:g} s")
             answers += news
-            if self._holds and sum(connection.num_heard for connection in self._connections) == len(calls):
-                self._holds = False
-                for held in self._connections:
-                    held.release()
+            if self._holds and self.num_heard == len(calls):
+                self.release()
             if news:
                 started += self._start(waiting, len(news))
         return answers
+
+    @property
+    def num_heard(self) -> int:
+        """Calls that the server has said something of."""
+        return sum(connection.num_heard for connection in self._connections)
+
+    def release(self) -> None:
+        """Messages that were held may come, from the next turn on."""
+        self._holds = False
+        for connection in self._connections:
+            connection.release()
 
     def _start(self, calls: Iterator[Call], most: int) -> int:
         started = 0

@@ -1,12 +1,13 @@
 """`python -m bench.journal`: what the journal costs a step, by rows and by how often it is forced to the disk, and how long the
 next core takes to read it.
 
-One thread, by the clock: a write of a step's tokens and all that `tidy` does behind it. The folder decides what an fsync costs:
-take one on the disk that is to be used.
+One thread, by the clock: a write of a step's tokens and all that `tidy` does behind it. The folder decides what an fsync costs
+(nothing where its files are in memory): take one on the disk that is to be used.
 """
 
 from __future__ import annotations
 
+import os
 import statistics
 import tempfile
 import time
@@ -72,19 +73,35 @@ def reading(folder: Path) -> tuple[float, int]:
     return took, sum(len(request.tokens) for request in found.requests)
 
 
+def filesystem(folder: Path) -> str:
+    """Its type, as Linux names it; empty: not known."""
+    try:
+        mounts = [line.split()[1:3] for line in Path("/proc/self/mounts").read_text().splitlines()]
+    except OSError:
+        return ""
+    above = {str(path) for path in (folder.resolve(), *folder.resolve().parents)}
+    return max((mount for mount in mounts if mount[0] in above), key=lambda mount: len(mount[0]), default=["", ""])[1]
+
+
 def _nothing(key: tuple[int, int]) -> RestoreRequest | None:
     raise AssertionError(f"request {key} was asked for, and nothing was to be written once more")
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
-@click.option("--folder", type=click.Path(path_type=Path), help="Where the journals are written. [default: a temporary folder]")
+@click.option(
+    "--folder",
+    type=click.Path(path_type=Path, exists=True, file_okay=False, writable=True),
+    help="Where the journals are written. [default: that for temporary files]",
+)
 @click.option("--rows", "all_rows", multiple=True, type=click.IntRange(1), default=(1, 64, 256, 1024), help="Rows of a step.")
 @click.option("--steps", type=click.IntRange(2), default=500, help="Steps of each measurement.")
 @click.option("--pause-ms", type=click.FloatRange(0), default=2.0, help="Between two steps.")
 @click.option("--json", "json_path", type=click.Path(path_type=Path), help="Add the figures to this .jsonl file.")
 def main(folder: Path | None, all_rows: tuple[int, ...], steps: int, pause_ms: float, json_path: Path | None) -> None:
-    costs, took, num_tokens = [], 0.0, 0
+    """Measure what the journal costs a step. Leave the machine alone meanwhile."""
+    costs, took, num_tokens, load_before = [], 0.0, 0, os.getloadavg()[0]
     with tempfile.TemporaryDirectory(prefix="carousel-journal-", dir=folder) as made:
+        kind = filesystem(Path(made))
         for fsync in _POLICIES:
             for rows in all_rows:
                 place = Path(made) / f"{fsync.replace(':', '-')}-{rows}"
@@ -97,11 +114,16 @@ def main(folder: Path | None, all_rows: tuple[int, ...], steps: int, pause_ms: f
         table.add_row(each.fsync, f"{each.rows:,}", *(f"{figure:.1f}" for figure in figures))
     output = Console()
     output.print(table)
-    output.print(f"read back: {num_tokens:,} tokens in {took:.3f} s")
+    output.print(
+        f"read back: {num_tokens:,} tokens in {took:.3f} s; file system: {kind or 'not known'}; load: {load_before:.1f}"
+    )
     if json_path is not None:
         line = provenance.provenance("journal") | {
             "steps": [asdict(each) for each in costs],
+            "num_steps": steps,
             "pause_ms": pause_ms,
+            "file system": kind,
+            "load before": load_before,
             "read_s": took,
             "read_tokens": num_tokens,
         }

@@ -9,8 +9,13 @@ from pathlib import Path
 
 _TICKS = os.sysconf("SC_CLK_TCK")
 _PAGE = os.sysconf("SC_PAGE_SIZE")
-SUPERVISOR, CORE, FRONTEND, WORKER = "supervisor", "core", "frontend", "worker"
-_BY_ARGUMENTS = {"-m scheduler engine": CORE, "-m scheduler frontend": FRONTEND, "-m worker": WORKER}
+SUPERVISOR, CORE, FRONTEND, EXPORTER, WORKER = "supervisor", "core", "frontend", "exporter", "worker"
+_BY_ARGUMENTS = {
+    "-m scheduler engine": CORE,
+    "-m scheduler frontend": FRONTEND,
+    "-m scheduler exporter": EXPORTER,
+    "-m worker": WORKER,
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +38,47 @@ def of_server(pid: int) -> dict[str, Taken]:
             role, taken = _role(one), stats[one][1]
             found[role] = found[role] + taken if role in found else taken
     return found
+
+
+@dataclass(frozen=True, slots=True)
+class Process:
+    """One that is no zombie. Its id and when it began say which one: ids come again."""
+
+    pid: int
+    began: int  # clock ticks after the machine's start
+    role: str
+
+
+def members(pid: int) -> list[Process]:
+    """`pid` and its descendants."""
+    parents = {child: parent for child, (parent, _) in _stats().items()}
+    found = ((one, began(one)) for one in _tree(pid, parents))
+    return [Process(one, ticks, _role(one)) for one, ticks in found if ticks is not None]
+
+
+def began(pid: int) -> int | None:
+    """None: there is no such process, or nothing but its exit code is left of it."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return None
+    return None if fields[0] in "ZX" else int(fields[19])
+
+
+def open_files(pid: int) -> int:
+    """Descriptors: files, sockets, pipes; 0 when it has ended."""
+    try:
+        return len(os.listdir(f"/proc/{pid}/fd"))
+    except OSError:
+        return 0
+
+
+def resident_bytes(pid: int) -> int:
+    """Memory; 0 when it has ended."""
+    try:
+        return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * _PAGE
+    except (OSError, IndexError):
+        return 0
 
 
 def cpu_between(before: dict[str, Taken], after: dict[str, Taken]) -> dict[str, float]:

@@ -22,9 +22,7 @@ from bench.runs import Run, RunLog
 from bench.virtual_worker import STOP, VirtualWorker
 from kvcache.prefix_index import hash_blocks, root
 from scheduler.core import Core, CoreConfig, Output
-from scheduler.core.arrival import unfinished_prompts
-from scheduler.core.placement import GroupLoad, place
-from scheduler.core.request import State
+from scheduler.core.placement import GroupLoad, load_of, place
 from wire import AddHeader, AddRequest, SamplingSpec, StepPlan, StepResult, WorkerFacts
 from wire.messages import I32, U32
 
@@ -218,17 +216,7 @@ class Simulation:
         return group
 
     def _load(self, core: Core, add: AddRequest) -> GroupLoad:
-        hits = core.kv.lookup(add.prefix_hashes.tobytes(), (len(add.prompt) - 1) // core.kv.block_size) if self._hashes else ()
-        return GroupLoad(
-            group=core.config.group,
-            connected=True,
-            hit_tokens=len(hits) * core.kv.block_size,
-            waiting_tokens=core.queue.num_tokens + _returning_tokens(core) + unfinished_prompts(core),
-            running_rows=core.rows.max_rows - core.rows.num_free,
-            max_rows=core.rows.max_rows,
-            available_blocks=core.kv.pool.num_available,
-            num_blocks=core.kv.pool.num_blocks,
-        )
+        return load_of(core, len(add.prompt), add.prefix_hashes.tobytes() if self._hashes else b"")
 
     # --------------------------------------------------------------------------------------------------------- steps
 
@@ -316,14 +304,6 @@ class Simulation:
             wall_s=self._wall_s,
             complete=self._complete,
         )
-
-
-def _returning_tokens(core: Core) -> int:
-    """That preempted requests have to compute again."""
-    if not core.counters.preemptions:
-        return 0
-    sequences = (sequence for request in core.live_requests() for sequence in request.sequences)
-    return sum(each.num_tokens for each in sequences if each.state is State.PREEMPTED and each.host_blocks is None)
 
 
 def simulate(setup: Setup, jobs: Iterator[Job], *, shares_prefixes: bool = False) -> Run:

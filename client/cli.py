@@ -21,7 +21,7 @@ from typing import Any, NoReturn
 import click
 
 from carousel.v1 import generation_pb2
-from client import batch_command, control_commands, token_command
+from client import batch_command, control_commands, health_command, token_command
 from client.api import CarouselClient
 from client.completion import completion_options, files, folders
 from client.errors import CarouselError
@@ -90,6 +90,11 @@ def carousel() -> None:
     type=click.Choice(["none", "int8"]),
     help="int8: weights of 8 bits, on a CPU only; a quarter of the memory and faster, for a small loss of accuracy."
     " [default: none]",
+)
+@click.option(
+    "--deterministic",
+    is_flag=True,
+    help="A request's tokens are the same, exactly, in any company and after any preemption or crash. On a CPU, slower.",
 )
 @click.option("--weights", metavar="random:SEED", help="Made up instead of read, for measurements of a model's shape.")
 @click.option("--host", metavar="ADDRESS", help="Address to listen on; 0.0.0.0: every one. [default: 127.0.0.1]")
@@ -211,6 +216,18 @@ def carousel() -> None:
 @click.option("--threads", type=click.IntRange(1), metavar="N", help="Threads of the CPU worker. [default: one per core]")
 @click.option("--frontends", type=click.IntRange(1, 64), metavar="N", help="gRPC processes that share the port. [default: 1]")
 @click.option(
+    "--workers",
+    type=click.IntRange(1, 64),
+    metavar="N",
+    help="Workers to start here, each with the model and a KV cache of its own. [default: 1]",
+)
+@click.option(
+    "--max-groups",
+    type=click.IntRange(1, 64),
+    metavar="N",
+    help="Workers that compute at a time, those that join from elsewhere too; further ones stand by. [default: --workers]",
+)
+@click.option(
     "--standby",
     type=click.IntRange(0, 8),
     metavar="N",
@@ -266,7 +283,7 @@ def carousel() -> None:
 def serve(scheduler_options: tuple[str, ...], **options: str | float | tuple[str, ...] | None) -> NoReturn:
     """Serve a model in the foreground, until Ctrl-C.
 
-    Starts the scheduler, its gRPC front end and one worker, and watches them. Whatever stands after `--` is handed on as it is
+    Starts the scheduler, its gRPC front end and a worker, and watches them. Whatever stands after `--` is handed on as it is
     (`python -m scheduler --help` lists all that there is).
 
     \b
@@ -584,7 +601,7 @@ def _say_stats(stream: GenerateStream, elapsed_s: float) -> None:
     )
 
 
-for _command in (batch_command.batch, *control_commands.COMMANDS, token_command.token, top):
+for _command in (batch_command.batch, *control_commands.COMMANDS, health_command.health, token_command.token, top):
     carousel.add_command(_command)
 
 

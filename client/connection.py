@@ -45,6 +45,8 @@ def way_to(target: str, tls_ca: File | None, tls_cert: File | None, tls_key: Fil
     options = [
         ("grpc.max_send_message_length", MESSAGE_LIMIT),
         ("grpc.max_receive_message_length", MESSAGE_LIMIT),
+        # gRPC lets all of a process share one connection to an address, and so one of several front ends.
+        ("grpc.use_local_subchannel_pool", 1),
         ("grpc.initial_reconnect_backoff_ms", 100),  # a server that is just starting is found at once
         ("grpc.max_reconnect_backoff_ms", 2000),
         # The transport takes 64 KiB of a stream that nobody reads, instead of up to some MB by probing: so the server

@@ -165,8 +165,14 @@ def drain(timeout: float | None, client: CarouselClient, as_json: bool) -> None:
     type=click.Choice(["auto", "cpu", "cuda", "sim"]),
     help="Where the new worker computes. [default: as the server was told]",
 )
+@click.option(
+    "--group",
+    type=click.IntRange(0),
+    metavar="N",
+    help="Worker group whose worker is replaced, of several. [default: the first that has one]",
+)
 @_asking
-def replace_worker(device: str | None, client: CarouselClient, as_json: bool) -> None:
+def replace_worker(device: str | None, group: int | None, client: CarouselClient, as_json: bool) -> None:
     """Start a new worker, of the code that is installed now, in place of the one that computes. No request fails.
 
     Returns once the new one computes. When it does not come to that, the old one goes on, and the exit code is 1.
@@ -175,7 +181,7 @@ def replace_worker(device: str | None, client: CarouselClient, as_json: bool) ->
     Example:
       carousel replace-worker
     """
-    told = client.replace_worker(device)
+    told = client.replace_worker(device, group)
     write_line(to_json(told) if as_json else f"worker (pid {told.pid}) computes now, epoch {told.epoch}")
 
 
@@ -317,8 +323,9 @@ def _preemption_rows(told: control_pb2.ExplainRequestResponse) -> Iterator[Seque
 
 
 @click.command(context_settings=_SETTINGS)
+@click.option("--group", type=click.IntRange(0), default=0, show_default=True, metavar="N", help="Worker group, of several.")
 @_asking
-def blocks(client: CarouselClient, as_json: bool) -> None:
+def blocks(group: int, client: CarouselClient, as_json: bool) -> None:
     """Show who holds which blocks of the KV cache, and how many are shared.
 
     \b
@@ -326,7 +333,7 @@ def blocks(client: CarouselClient, as_json: bool) -> None:
       carousel blocks
       carousel blocks --json | jq .num_blocks
     """
-    told = client.block_tables()
+    told = client.block_tables(group)
     if as_json:
         write_line(to_json(told))
         return

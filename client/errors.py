@@ -14,6 +14,8 @@ from grpc_status import rpc_status  # type: ignore[import-untyped]
 from carousel.v1 import generation_pb2
 
 _CODES = {code.value[0]: code for code in grpc.StatusCode}
+# What grpc.aio says, and no server, when a message can't be sent any more because its connection broke.
+_NOT_SENT = (grpc.StatusCode.INTERNAL, "Internal error from Core")
 
 
 class CarouselError(Exception):
@@ -75,6 +77,8 @@ def error_of(error: grpc.RpcError, target: str, answered: bool) -> CarouselError
     call = cast(grpc.Call, error)  # every RpcError that a stub raises is one
     code, message = call.code(), call.details() or ""
     details = _details_of(call)
+    if (code, message) == _NOT_SENT:
+        code = grpc.StatusCode.UNAVAILABLE
     if code is grpc.StatusCode.UNAVAILABLE and not details.any:  # a Carousel server that refuses says when to come again
         if answered:
             return CarouselError(code, f"the connection to {target} broke: {message}")

@@ -14,6 +14,7 @@ from carousel.v1 import generation_pb2 as pb
 from client.errors import CarouselError, ServerUnreachableError, explained
 from client.retries import Attempts, is_retryable
 
+_ITS_END = (grpc.StatusCode.CANCELLED, grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.INTERNAL)  # of a request, kept or not
 _CORE_LOST = "CORE_LOST"  # the server's word for a part of it that died with the request, and may have kept it
 
 
@@ -148,8 +149,9 @@ class Progress:
                 delay_s = None
         if delay_s is not None:
             return delay_s
+        could_resume = self._phase is not _Phase.RESUMING or error.code in _ITS_END
         self.end()
-        if self._broken is None or self._broken is error:
+        if could_resume or self._broken is None or self._broken is error:
             raise error from None
         raise explained(self._broken, f"it could not be resumed: {error.message}") from None
 

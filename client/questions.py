@@ -83,8 +83,8 @@ def load() -> Question[control_pb2.GetLoadResponse]:
     return Question(ControlStub, "GetLoad", control_pb2.GetLoadRequest(), _whole)
 
 
-def block_tables() -> Question[inspect_pb2.GetBlockTablesResponse]:
-    return Question(InspectStub, "GetBlockTables", inspect_pb2.GetBlockTablesRequest(), _whole)
+def block_tables(group: int) -> Question[inspect_pb2.GetBlockTablesResponse]:
+    return Question(InspectStub, "GetBlockTables", inspect_pb2.GetBlockTablesRequest(group=group), _whole)
 
 
 def set_policy(name: str) -> Question[str]:
@@ -106,8 +106,8 @@ def drain(timeout_s: float | None) -> Question[control_pb2.DrainResponse]:
     return Question(ControlStub, "Drain", control_pb2.DrainRequest(timeout_ms=timeout_ms), _whole)
 
 
-def replace_worker(device: str | None) -> Question[control_pb2.ReplaceWorkerResponse]:
-    return Question(ControlStub, "ReplaceWorker", control_pb2.ReplaceWorkerRequest(device=device), _whole)
+def replace_worker(device: str | None, group: int | None) -> Question[control_pb2.ReplaceWorkerResponse]:
+    return Question(ControlStub, "ReplaceWorker", control_pb2.ReplaceWorkerRequest(device=device, group=group), _whole)
 
 
 def watch_load_request(interval_s: float | None) -> control_pb2.WatchLoadRequest:

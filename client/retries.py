@@ -14,7 +14,7 @@ RETRIES = 4  # of a call, by default
 RESUME_WINDOW_MS = 30_000  # by default
 MAX_RESUME_WINDOW_MS = 600_000  # the server's limit too
 _FIRST_S = 0.1  # at most, before the first retry; doubles with each
-_LONGEST_S = 5.0
+_LONGEST_S = 2.0  # whoever resumes a stream comes back soon after the server does
 
 
 def is_retryable(error: CarouselError, *, idempotent: bool) -> bool:

@@ -108,6 +108,8 @@ class GenerateStream(Stream[pb.GenerateResponse]):
             try:
                 event = next(self._messages)
             except grpc.RpcError as error:
+                if self._progress.summary is not None:  # all of it is here: a connection may break now
+                    raise StopIteration from None
                 if not self._closed.is_set():
                     self._go_on(error_of(error, self._target, self._progress.answered))
             except StopIteration:

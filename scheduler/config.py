@@ -27,6 +27,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     journal_limit_mib: float = 128.0
     worker_timeout_s: float = 2.0  # without a heartbeat of a worker, or of a step that uses no processor time
     step_timeout_s: float = 0.0  # that one step may take; 0: any time
+    max_groups: int = 1  # workers that compute at a time, each with a core and a pool of its own; further ones stand by
+    trial_patience_s: float = 30.0  # that requests under suspicion wait for their group's next worker, before another one's
     control_fd: int = -1  # where the supervisor tells what became of a new worker; -1: nowhere
     worker_keys: str = ""  # folder of the keys of an encrypted worker_endpoint
     dump_folder: str = ""  # for what led to a failure of the core; empty: the system's folder for temporary files
@@ -69,6 +71,8 @@ class ServeConfig(msgspec.Struct, frozen=True, kw_only=True):
     journal: str = ""  # folder; empty: a core that dies ends the server
     journal_fsync: str = "never"
     journal_limit_mib: float = 128.0
+    workers: int = 1  # that are started here and compute, each for a group of its own
+    max_groups: int = 1  # workers that compute at a time; further ones stand by
     standby: int = 0  # workers that have loaded the model and wait for the loss of the one that computes
     worker_timeout_s: float = 2.0
     step_timeout_s: float = 0.0

@@ -47,6 +47,12 @@ from scheduler.settings import ConfiguredCommand, load_file, printed, sources
     default="none",
     help="int8: weights of 8 bits, on a CPU only; a quarter of the memory, and faster.",
 )
+@click.option(
+    "--deterministic",
+    is_flag=True,
+    help="A request's tokens are the same, exactly, in any company and after any preemption or crash. On a CPU, in float32,"
+    " slower.",
+)
 @click.option("--weights", metavar="random:SEED", help="Made up instead of read, for measurements of a model's shape.")
 @click.option("--host", default="127.0.0.1", help="Address to listen on.")
 @click.option("--port", type=click.IntRange(0, 65535), default=50051, help="Port to listen on; 0: any free one.")
@@ -130,6 +136,18 @@ from scheduler.settings import ConfiguredCommand, load_file, printed, sources
 @click.option("--swap-gib", type=click.FloatRange(0), help="Host memory for preempted requests. [default: the worker's choice]")
 @click.option("--threads", type=click.IntRange(1), help="Threads of the CPU worker. [default: one per core]")
 @click.option(
+    "--workers",
+    type=click.IntRange(1, 64),
+    default=1,
+    help="Workers to start here, each with the model and a KV cache of its own; requests go where their beginning is known, and"
+    " where least waits.",
+)
+@click.option(
+    "--max-groups",
+    type=click.IntRange(1, 64),
+    help="Workers that compute at a time, those that join from elsewhere too; further ones stand by. [default: --workers]",
+)
+@click.option(
     "--standby",
     type=click.IntRange(0, 8),
     default=0,
@@ -177,7 +195,7 @@ from scheduler.settings import ConfiguredCommand, load_file, printed, sources
 )
 @click.pass_context
 def serve_command(ctx: click.Context, /, **options: object) -> int:
-    """Serve a model: one scheduler with its gRPC front ends, and one worker."""
+    """Serve a model: one scheduler with its gRPC front ends, and its workers."""
     from scheduler.supervisor import serve
 
     if options["model"] is None and not options["print_config"]:
@@ -220,6 +238,8 @@ def config_from(options: dict[str, object], came_from: dict[str, str] | None = N
     for name in _WORKER_OPTIONS:
         if options[name] is not None:
             worker_options += [f"--{name.replace('_', '-')}", str(options[name])]
+    if options["deterministic"]:
+        worker_options.append("--deterministic")
     core = {
         name: options[name]
         for name in (
@@ -259,6 +279,8 @@ def config_from(options: dict[str, object], came_from: dict[str, str] | None = N
         chosen=_chosen(options, came_from or {}),
         record=str(options["record"] or ""),
         record_limit_mib=float(str(options["record_limit_mib"] or 0)),
+        workers=int(str(options["workers"])),
+        max_groups=int(str(options["max_groups"] or options["workers"])),
         standby=int(str(options["standby"])),
         worker_timeout_s=float(str(options["worker_timeout"])),
         step_timeout_s=float(str(options["step_timeout"])),
@@ -307,6 +329,15 @@ def _check(options: dict[str, object]) -> None:
         raise ValueError(f"--inner-address {address}: write it as tcp://HOST:PORT")
     if address and options["standby"]:
         raise ValueError("--standby starts workers here, and with --inner-address none is: start one more there")
+    if address and options["deterministic"]:
+        raise ValueError("--deterministic is for workers, and with --inner-address none starts here: give it to each of them")
+    if address and int(str(options["workers"])) > 1:
+        raise ValueError("--workers starts workers here, and with --inner-address none is: start them there, with --max-groups")
+    workers, max_groups = int(str(options["workers"])), int(str(options["max_groups"] or options["workers"]))
+    if workers > max_groups:
+        raise ValueError(f"--workers {workers} is more than --max-groups {max_groups}: each computes for a group of its own")
+    if options["standby"] and max_groups > workers:
+        raise ValueError(f"--standby: nobody stands by as long as fewer than --max-groups {max_groups} compute")
     if options["num_blocks"] is not None and options["kv_memory_gib"] is not None:
         raise ValueError("--num-blocks and --kv-memory-gib both say how large the KV cache is: give one of them")
     endpoint = options["otlp_endpoint"]

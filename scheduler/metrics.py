@@ -6,14 +6,14 @@ Imported only by processes of a server with metrics on, after PROMETHEUS_MULTIPR
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 from prometheus_client import CollectorRegistry, Counter, Histogram
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
 from prometheus_client.metrics_core import Metric
 
 from scheduler.frontend.ledger import Ended
-from wire import Distribution, MetricsReply
+from wire import Distribution, GroupLoadReply, LoadReply, MetricsReply
 
 FOLDER_VARIABLE = "PROMETHEUS_MULTIPROC_DIR"  # prometheus_client's own
 OTHER_TENANTS = "other"
@@ -143,7 +143,7 @@ class RestartMetrics:
 
 def core_families(reply: MetricsReply, model: str) -> Iterator[Metric]:
     """What the core counts, as it stands."""
-    load, facts, used = reply.load, reply.facts, reply.load.held_blocks + reply.load.retiring_blocks
+    load, facts = reply.load, reply.facts
     held_slots, prompt_tokens = max(1, load.held_blocks * reply.block_size), load.prompt_tokens
     worker = facts.workers[0][2] if facts.workers else None
     told = {"version": facts.version, "model_name": model, "policy": facts.policy}
@@ -170,7 +170,7 @@ def core_families(reply: MetricsReply, model: str) -> Iterator[Metric]:
         "requests_waiting": ("Requests that wait, preempted ones too.", load.waiting_requests),
         "queue_tokens": ("Prompt tokens that wait.", load.waiting_tokens),
         "kv_blocks_shared": ("Blocks held by more than one sequence.", reply.shared_blocks),
-        "kv_usage_ratio": ("Part of the blocks that can't be taken now, 0 to 1.", used / max(1, load.total_blocks)),
+        "kv_usage_ratio": ("Part of the blocks that can't be taken now, 0 to 1.", _usage(load)),
         "kv_waste_ratio": ("Part of the slots of held blocks without a token, 0 to 1.", reply.empty_slots / held_slots),
         "kv_tokens": ("Tokens with keys and values, of all in the batch.", load.kv_tokens),
         "host_blocks_held": ("Blocks of host memory with swapped sequences.", load.held_host_blocks),
@@ -192,9 +192,30 @@ def core_families(reply: MetricsReply, model: str) -> Iterator[Metric]:
     }
     for name, (what, value) in counters.items():
         yield CounterMetricFamily(f"carousel_{name}", what, value=value)
+    yield from _of_groups(reply)
     yield _histogram("carousel_step_duration_seconds", "A step, by the worker's clock.", reply.step_seconds)
     yield _histogram("carousel_step_tokens", "Tokens computed in a step.", reply.step_tokens)
     yield _histogram("carousel_inter_token_latency_seconds", "Between two tokens of an output.", reply.inter_token_seconds)
+
+
+def _of_groups(reply: MetricsReply) -> Iterator[Metric]:
+    """What differs between worker groups, by the label `group`, where there are several; all else is summed over them."""
+    gauges: dict[str, tuple[str, Callable[[GroupLoadReply], float]]] = {
+        "worker_up": ("1 while the group has a worker.", lambda group: group.has_worker),
+        "epoch": ("Counts up whenever a worker joins the group.", lambda group: group.epoch),
+        "requests_running": ("Requests in the group's batch.", lambda group: group.load.running_requests),
+        "requests_waiting": ("Requests that wait in the group.", lambda group: group.load.waiting_requests),
+        "kv_usage_ratio": ("Part of the group's blocks that can't be taken now, 0 to 1.", lambda group: _usage(group.load)),
+    }
+    for name, (what, value) in gauges.items() if reply.groups else ():
+        family = GaugeMetricFamily(f"carousel_group_{name}", what, labels=["group"])
+        for group in reply.groups:
+            family.add_metric([str(group.group)], value(group))
+        yield family
+
+
+def _usage(load: LoadReply) -> float:
+    return (load.held_blocks + load.retiring_blocks) / max(1, load.total_blocks)
 
 
 def _histogram(name: str, what: str, distribution: Distribution) -> Metric:

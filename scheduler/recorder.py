@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, ParamSpec, Protocol, TypeVar
 
 from scheduler.core import Core, CoreConfig, Output
+from scheduler.core.arrival import NOTHING_ELSEWHERE, Elsewhere
 from scheduler.core.core import ProtocolError
 from scheduler.recording import Event, RecordingHeader, RecordingWriter, Verb, pack
 from wire import (
@@ -25,6 +26,7 @@ from wire import (
     CancelOutcome,
     CancelQuery,
     Credit,
+    MovedRequest,
     Refused,
     RestoreRequest,
     SetPolicyQuery,
@@ -56,7 +58,11 @@ class Sink(Protocol):
 
 
 class CoreFailureError(Exception):
-    """The core raised what it must never raise: its state can't be trusted any more. The cause says what."""
+    """The core of this group raised what it must never raise: its state can't be trusted any more. The cause says what."""
+
+    def __init__(self, words: str, group: int) -> None:
+        super().__init__(words)
+        self.group = group
 
 
 class Recorded:
@@ -77,13 +83,21 @@ class Recorded:
 
     # ------------------------------------------------------------------------------------------------ the core's verbs
 
-    def add(self, add: AddRequest, frontend: int, now: int) -> Refused | None:
-        self._note(Event(Verb.ADD, now, frontend, message=add))
-        return self._do(self.core.add, add, frontend, now)
+    def add(self, add: AddRequest, frontend: int, now: int, elsewhere: Elsewhere = NOTHING_ELSEWHERE) -> Refused | None:
+        self._note(Event(Verb.ADD, now, frontend, " ".join(map(str, elsewhere)) if any(elsewhere) else "", add))
+        return self._do(self.core.add, add, frontend, now, elsewhere)
 
     def restore(self, restored: RestoreRequest, frontend: int, now: int) -> str:
         self._note(Event(Verb.RESTORE, now, frontend, message=restored))
         return self._do(self.core.restore, restored, frontend, now)
+
+    def give(self, frontend: int, handle: int, now: int) -> MovedRequest:
+        self._note(Event(Verb.GIVE, now, frontend, message=AbortRequest(handle)))
+        return self._do(self.core.give, frontend, handle, now)
+
+    def take(self, moved: MovedRequest, frontend: int, now: int) -> None:
+        self._note(Event(Verb.TAKE, now, frontend, message=moved))
+        self._do(self.core.take, moved, frontend, now)
 
     def abort(self, frontend: int, handle: int, now: int) -> list[Output]:
         self._note(Event(Verb.ABORT, now, frontend, message=AbortRequest(handle)))
@@ -164,7 +178,7 @@ class Recorded:
     def _failure(self, error: Exception) -> CoreFailureError:
         words = f"{type(error).__name__}: {error}"
         self._note(Event(Verb.FAILED, text=words))
-        return CoreFailureError(words)
+        return CoreFailureError(words, self.core.config.group)
 
 
 def renewed(core: Core) -> Core:
@@ -254,7 +268,7 @@ def _size(event: Event) -> int:
         return _PLAN_BYTES + 6 * len(message.slots) + 4 * (len(message.start_tokens) + len(message.start_blocks))
     if isinstance(message, StepResult):
         return 3 * _EVENT_BYTES + 6 * len(message.slots)
-    if isinstance(message, RestoreRequest):
+    if isinstance(message, RestoreRequest | MovedRequest):
         return _PLAN_BYTES + 4 * (len(message.prompt) + len(message.tokens))
     if isinstance(message, AddRequest):
         return _PLAN_BYTES + 4 * len(message.prompt) + len(message.prefix_hashes)

@@ -26,6 +26,7 @@ from wire import (
     CancelQuery,
     Credit,
     Message,
+    MovedRequest,
     RestoreRequest,
     SetPolicyQuery,
     StepPlan,
@@ -50,6 +51,8 @@ class Verb(enum.StrEnum):
 
     ADD = "add"
     RESTORE = "restore"
+    GIVE = "give"  # to another core …
+    TAKE = "take"  # … and from one
     ABORT = "abort"
     CANCEL = "cancel"
     TRUNCATE = "truncate"
@@ -71,6 +74,8 @@ class Verb(enum.StrEnum):
 _MESSAGES: dict[Verb, type] = {
     Verb.ADD: AddRequest,
     Verb.RESTORE: RestoreRequest,
+    Verb.GIVE: AbortRequest,  # as its handle is all that is to be said
+    Verb.TAKE: MovedRequest,
     Verb.ABORT: AbortRequest,
     Verb.CANCEL: CancelQuery,
     Verb.TRUNCATE: TruncateRequest,

@@ -26,6 +26,7 @@ import numpy as np
 
 from scheduler.command import OneLineCommand
 from scheduler.core import Core
+from scheduler.core.arrival import Elsewhere
 from scheduler.core.core import ProtocolError
 from scheduler.recorder import renewed
 from scheduler.recording import Event, Recording, RecordingError, RecordingHeader, Verb
@@ -35,6 +36,7 @@ from wire import (
     CancelQuery,
     Credit,
     Message,
+    MovedRequest,
     RestoreRequest,
     SetPolicyQuery,
     StepPlan,
@@ -158,11 +160,16 @@ class Replay:
                 core.apply(result, now)
                 self.report.output_tokens += len(result.tokens)
             case Verb.ADD, AddRequest() as add:
-                refused = core.add(add, frontend, now)
+                refused = core.add(add, frontend, now, Elsewhere(*map(int, event.text.split())))
                 self.report.requests += refused is None
                 self.report.refused += refused is not None
             case Verb.RESTORE, RestoreRequest() as restored:
                 self.report.requests += core.restore(restored, frontend, now) == ""
+            case Verb.GIVE, AbortRequest(handle=handle):
+                core.give(frontend, handle, now)
+            case Verb.TAKE, MovedRequest() as moved:
+                core.take(moved, frontend, now)
+                self.report.requests += 1
             case Verb.ABORT, AbortRequest(handle=handle):
                 core.abort(frontend, handle, now)
             case Verb.CANCEL, CancelQuery(request_id=request_id):
@@ -261,6 +268,8 @@ def _in_words(event: Event) -> str:
             )
         case RestoreRequest(header=restored, prompt=prompt, tokens=tokens):
             return f"{restored.add.request_id!r}, {len(prompt)} tokens and {len(tokens)} of its outputs"
+        case MovedRequest(header=moved, prompt=prompt, tokens=tokens):
+            return f"{moved.add.request_id!r}, {len(prompt)} tokens and {len(tokens)} of its outputs"
         case AbortRequest(handle=handle):
             return f"front end {event.frontend}, {handle}"
         case CancelQuery(request_id=request_id):

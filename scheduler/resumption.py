@@ -194,11 +194,13 @@ class Resumption:
                 self._detach(request, now)
         return {request.key[1] for request in alive if request.key[0] == frontend}
 
-    def core_failed(self, last_words: list[Output], now: int) -> list[Output]:
-        """Another core begins, and knows nothing of what was alive. Returns to whom the old one's last words go."""
+    def core_failed(self, last_words: list[Output], now: int, had: Callable[[Key], bool] = lambda key: True) -> list[Output]:
+        """Another core begins, and knows nothing of what was alive. Returns to whom the old one's last words go. had: whether a
+        request, by its first key, was that core's."""
         parts = [part for output in last_words for part in self.route(output, now)]
         for request in self._alive():
-            self._forget(request)
+            if had(request.key):
+                self._forget(request)
         return parts
 
     def resume(

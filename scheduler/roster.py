@@ -1,5 +1,5 @@
-"""The workers of a group that the core process knows: who computes, who stands by, who was heard of when. Pure: the clock is an
-argument; knows no sockets.
+"""The workers that the core process knows: who computes for which group, who stands by, who was heard of when. Pure: the clock
+is an argument; knows no sockets.
 
 A worker is lost when its connection closes; when its heartbeats stop, as when a process is stopped or a machine is gone; when
 the step under way has used no processor time for as long (worker/heartbeat.py says where that counts); and when one step takes
@@ -16,6 +16,7 @@ from wire import Heartbeat, WorkerFacts, WorkerHello
 _MS = 1_000_000
 _MOST_BLOCKS, _MOST_TOKENS, _MOST_ROWS = 1 << 26, 1 << 30, 65_535
 _LEAST_BEATS = 4  # that must be missing, however short the time is
+STANDS_BY = -1  # in place of a group's number
 
 
 @dataclass(slots=True, eq=False)
@@ -25,6 +26,7 @@ class Known:
     peer: Peer
     hello: WorkerHello
     heard_ns: int
+    group: int = STANDS_BY  # that it computes for, or is about to
     stalled_ms: int = 0
     is_silent: bool = False  # given up: its beats stopped or its step hung; comes back with its next beat
 
@@ -62,8 +64,9 @@ class Roster:
         return None
 
     def next_standby(self) -> Known | None:
-        """Who takes over when the one that computes is lost: the first that came."""
-        return next((known for known in self._known.values() if not known.is_silent), None)
+        """Who takes over when one that computes is lost: the first that came."""
+        idle = (known for known in self._known.values() if known.group == STANDS_BY and not known.is_silent)
+        return next(idle, None)
 
     def lost(self, now: int) -> list[tuple[Known, str]]:
         """Those that are to be given up, and why. When this process itself stood still, nobody is: it could not hear them."""

@@ -11,12 +11,10 @@ import ipaddress
 import logging
 import os
 import selectors
-import shutil
 import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -31,6 +29,7 @@ from scheduler.errors import StartError
 from scheduler.frontend import tls
 from scheduler.frontend.callers import Callers
 from scheduler.frontend.config import FrontendConfig
+from scheduler.inner_folder import InnerFolder
 from scheduler.journal_files import claim
 from scheduler.model_files import fingerprint, resolve
 from scheduler.process import SUPERVISOR_PID, log_to_stderr, take_lifeline
@@ -42,10 +41,10 @@ log = logging.getLogger(__name__)
 
 _KILL_AFTER_S = 5.0  # a child that was asked to stop is killed after this
 _BACK_OFF_S = (0.2, 0.5, 1, 2, 5, 10, 30)  # before the n-th restart in a row
-_CORE_BACK_OFF_S = (0.1, 0.2, 0.5, 1, 2)  # of the core: everybody waits for it, and windows run out
+_SHORT_BACK_OFF_S = (0.1, 0.2, 0.5, 1, 2)  # of the core and the front ends: callers wait for them, and windows run out
 _WORKER_BACK_OFF_S = (0.2, 0.5, 1, 2, 2, 2, 2, 2, 2, 5, 10, 30)  # so often it may crash before the core knows for which request
 _LOST_S = 1.0  # what a worker gets to end by itself after its connection has closed
-_STEADY_S = 60  # a child that ran this long starts again at the first back-off
+_STEADY_S = 20  # a child that ran this long starts again at the first back-off
 
 
 @dataclass(slots=True)
@@ -174,7 +173,8 @@ class Supervisor:
         self._journal = Path(config.journal).absolute() if config.journal else None
         self._journal_model = f"{config.served_model_name} ({fingerprint(self._model_dir)})" if config.journal else ""
         self._journal_lock = claim(self._journal, self._journal_model) if self._journal else -1
-        self._folder = Path(tempfile.mkdtemp(prefix="carousel-"))  # mode 0700: the sockets are ours alone
+        self._inner = InnerFolder()  # the sockets are ours alone
+        self._folder = self._inner.path
         self._status, self._status_writer = os.pipe()
         os.set_blocking(self._status, False)
         self._status_rest = b""  # of a line that has not come to its end
@@ -185,7 +185,7 @@ class Supervisor:
         self._signals: list[int] = []
         self._engine = self._engine_child()
         self._frontends = [self._frontend_child() for _ in range(config.frontends)]
-        num_workers = 0 if config.inner_address else 1 + config.standby
+        num_workers = 0 if config.inner_address else config.workers + config.standby
         self._children = [self._engine, *self._frontends, *(self._worker_child() for _ in range(num_workers))]
         self._restarts: RestartMetrics | None = None
         if config.metrics_port is not None:
@@ -204,6 +204,7 @@ class Supervisor:
             worker_keys=self.config.inner_keys,
             worker_timeout_s=self.config.worker_timeout_s,
             step_timeout_s=self.config.step_timeout_s,
+            max_groups=self.config.max_groups,
             control_fd=-1 if self.config.inner_address else self._control,
             status_fd=self._status_writer,
             drain_timeout_s=self.config.drain_timeout_s,
@@ -219,7 +220,7 @@ class Supervisor:
         )
         command = [sys.executable, "-m", "scheduler", "engine", msgspec.json.encode(config).decode()]
         may_restart = self._journal is not None  # without one everything is lost with it
-        return Child("core", command, may_restart, (self._status_writer, self._control), _CORE_BACK_OFF_S)
+        return Child("core", command, may_restart, (self._status_writer, self._control), _SHORT_BACK_OFF_S)
 
     def _frontend_child(self) -> Child:
         config = FrontendConfig(
@@ -237,7 +238,7 @@ class Supervisor:
             key_file=self.config.key_file,
         )
         command = [sys.executable, "-m", "scheduler", "frontend", msgspec.json.encode(config).decode()]
-        return Child("frontend", command, may_restart=True)
+        return Child("frontend", command, may_restart=True, back_off_s=_SHORT_BACK_OFF_S)
 
     def _measure(self) -> RestartMetrics:
         """Metrics are on: all processes started from now on know the folder, and one more serves what is in it."""
@@ -268,7 +269,7 @@ class Supervisor:
         """device: another than the one that the options name."""
         revision = ("--revision", self.config.revision) if self.config.revision else ()
         model = ("--model", self.config.model, *revision)
-        connect = ("--connect", self._worker_endpoint, "--group", str(self.config.core.group))
+        connect = ("--connect", self._worker_endpoint)
         other = ("--device", device) if device else ()  # the last one counts
         command = [sys.executable, "-m", "worker", *connect, *model, *self.config.worker_options, *other]
         return Child("worker", command, may_restart=True, back_off_s=_WORKER_BACK_OFF_S)
@@ -304,7 +305,7 @@ class Supervisor:
                 if child.process is not None:
                     child.process.wait()
             self._port.close()
-            shutil.rmtree(self._folder, ignore_errors=True)
+            self._inner.remove()
         return self._exit_code
 
     def _hear(self, selector: selectors.BaseSelector, wakeup: socket.socket, timeout_s: float | None) -> None:

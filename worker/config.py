@@ -50,6 +50,7 @@ class WorkerConfig:
     device: str = "auto"
     dtype: str = "auto"
     quantization: str = "none"
+    deterministic: bool = False  # a row's numbers depend on its own sequence alone, bit for bit
     weights: str = STORED
     max_model_len: int | None = None  # tokens; None: the model's, or what the memory holds
     block_size: int = 16  # tokens
@@ -75,6 +76,10 @@ class WorkerConfig:
         check(self.quantization in QUANTIZATIONS, f"--quantization {self.quantization}: one of {', '.join(QUANTIZATIONS)}")
         only_cpu = f"--quantization {self.quantization} is for --device cpu, not for --device {self.device}"
         check(self.quantization == "none" or self.device in ("auto", "cpu"), only_cpu)
+        if self.deterministic:
+            only_cpu = f"--deterministic is for --device cpu so far, not for --device {self.device}"
+            check(self.device != "cuda", only_cpu + ", whose libraries choose by the number of rows how they add up")
+            check(self.dtype in ("auto", "float32"), f"--deterministic computes in float32, not in --dtype {self.dtype}")
         if self.weights != STORED:
             random_seed(self.weights)
         check(self.model is not None or self.device == "sim", "--model is missing: a checkpoint directory or a hub id")

@@ -26,12 +26,13 @@ _MOST_BYTES = 1 << 30  # of one frame: the starts of a plan, at their largest
 
 class Link:
     """`run()` serves until `stop()`, or until the core wants it no more. The state is one number: the epoch whose plans are
-    computed, None between a failed step (or the start) and the next Welcome."""
+    computed, None between a failed step (or the start) and the next Welcome; epochs are counted by each group."""
 
     def __init__(
         self, address: str, group: int, executor: Executor, *, keys: Keys | None = None, replaces: bool = False
     ) -> None:
-        """replaces: it comes to take the place of the worker that is there."""
+        """group: that it would like to compute for; the core says which one it does. replaces: it comes to take the place of
+        the worker that is there."""
         self._address, self._group, self._executor, self._keys, self._replaces = address, group, executor, keys, replaces
         self._epoch: int | None = None
         self._link_id = uuid.uuid4().hex
@@ -104,10 +105,10 @@ class Link:
             log.warning("dropped a message that is none of ours: %s", error)
             return True
         match message:
-            case Welcome() if message.group == self._group:
+            case Welcome():
                 self._executor.reset()
-                self._epoch, self._replaces = message.epoch, False
-                log.debug("epoch %d", message.epoch)
+                self._group, self._epoch, self._replaces = message.group, message.epoch, False
+                log.debug("group %d, epoch %d", message.group, message.epoch)
             case StepPlan() if (message.header.group, message.header.epoch) == (self._group, self._epoch):
                 self._num_steps += 1
                 self._step = self._num_steps
@@ -136,8 +137,8 @@ class Link:
             self._bell_button.send(b"")
 
     def _answer(self, answer: Answer) -> None:
-        epoch = answer.epoch if isinstance(answer, StepFailed) else answer.header.epoch
-        if epoch != self._epoch:
+        header = answer if isinstance(answer, StepFailed) else answer.header
+        if (header.group, header.epoch) != (self._group, self._epoch):
             return
         self._core.send_multipart(encode(answer))
         if isinstance(answer, StepFailed):

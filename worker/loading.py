@@ -51,29 +51,32 @@ class Loaded:
     kv: KVStorage
     facts: WorkerFacts
     device: torch.device
+    deterministic: bool = False
 
 
 def load(config: WorkerConfig, model_dir: Path) -> Loaded:
     """Raises ModelError, SizingError or ConfigError."""
     device = _device(config.device)
     threads = _set_threads(config.threads) if device.type == "cpu" else 0
-    loops = compiled.load() if device.type == "cpu" else kernels.load()
+    loops = compiled.load(config.deterministic) if device.type == "cpu" else kernels.load()
     wished = ModelConfig.read(model_dir, config.max_model_len)
     dtype = _dtype(config.dtype, device, wished)
     _check_quantization(config, device)
+    _check_deterministic(config, device, loops)
     if device.type == "cuda":
         _check_gpu(device, wished)
     _check_memory(config, model_dir, wished, dtype, device)
-    model, shape = load_model(model_dir, dtype, device, wished.max_model_len, config.quantization, config.weights)
+    options = (config.quantization, config.weights, config.deterministic)
+    model, shape = load_model(model_dir, dtype, device, wished.max_model_len, *options)
     available, why = _left_for_cache(config, model, shape, dtype, device)
     pool = _size_pool(config, shape, dtype, device, available, share=CPU_SHARE if device.type == "cpu" else 1)
     if pool.lowered_from is not None and isinstance(shape.rope, LongRope):  # its angles depend on the length
         del model
-        model, shape = load_model(model_dir, dtype, device, pool.max_model_len, config.quantization, config.weights)
+        model, shape = load_model(model_dir, dtype, device, pool.max_model_len, *options)
     _release_freed_memory()
     kv, pool = _allocate(config, shape, pool, dtype, device)
     facts = _facts(config, shape, pool, kv, dtype, device, threads, loops, model.num_parameters, why)
-    return Loaded(model, shape, kv, facts, device)
+    return Loaded(model, shape, kv, facts, device, config.deterministic)
 
 
 def _device(name: str) -> torch.device:
@@ -179,6 +182,21 @@ def _check_quantization(config: WorkerConfig, device: torch.device) -> None:
         raise ConfigError(f"{what} is for a CPU, and --device {config.device} found a GPU: add --device cpu")
     if not torch.backends.mkldnn.is_available():
         raise ConfigError(f"{what}: this torch comes without oneDNN, which multiplies the integers")
+
+
+def _check_deterministic(config: WorkerConfig, device: torch.device, loops: str) -> None:
+    if not config.deterministic:
+        return
+    if device.type != "cpu":
+        raise ConfigError(
+            f"--deterministic is for a CPU so far, and --device {config.device} found a GPU, whose libraries choose by the"
+            " number of rows how they add up: add --device cpu"
+        )
+    if not loops:
+        raise ConfigError(
+            "--deterministic needs numba, which is not installed here: what torch computes instead depends, in the last digits,"
+            " on how many rows there are: pip install numba"
+        )
 
 
 def _check_memory(config: WorkerConfig, model_dir: Path, shape: ModelConfig, dtype: torch.dtype, device: torch.device) -> None:
@@ -306,11 +324,12 @@ def _facts(
     by = f", {'loops' if device.type == 'cpu' else 'kernels'} by {loops}" if loops else ""
     where = f"cpu ({threads} threads{_lacking()}{by})" if device.type == "cpu" else f"{torch.cuda.get_device_name(device)}{by}"
     swap = f", {format_bytes(kv.num_host_blocks * pool.block_bytes)} of host memory to swap to" if kv.num_host_blocks else ""
+    how = ", deterministic (prompts take longer)" if config.deterministic else ""
     size = f"{num_parameters / 1e9:.2f} B" if num_parameters >= 1e9 else f"{num_parameters / 1e6:.1f} M"
     return WorkerFacts(
         device=device.type,
         pid=os.getpid(),
-        description=f"{shape.architecture}, {size} parameters in {weights} on {where}; KV cache{of} {pool}{swap}{why}",
+        description=f"{shape.architecture}, {size} parameters in {weights} on {where}{how}; KV cache{of} {pool}{swap}{why}",
         architecture=shape.architecture,
         dtype=dtype_name,
         vocab_size=shape.vocab_size,

@@ -20,15 +20,17 @@ _PART = 64  # prompt tokens whose logits are in memory together
 
 
 class Told:
-    """Gathers what a step has to tell, where it was computed; `message` brings it to the host."""
+    """Gathers what a step has to tell, where it was computed; `message` brings it to the host. one_by_one: each row's numbers
+    are the same, to the last digit, whatever the other rows are."""
 
-    def __init__(self) -> None:
+    def __init__(self, one_by_one: bool = False) -> None:
+        self.one_by_one = one_by_one
         self._runs: list[LogprobRun] = []
         self._logprobs: list[Tensor] = []
         self._token_ids: list[Tensor] = []
 
     def add(self, row: int, position: int, logits_NV: Tensor, total_N: Tensor, token_ids_N: Tensor, num_best: int) -> None:
-        """Of the tokens at `position` and behind it; logits_NV: of what may stand there, total_N: their _log_sum_exp."""
+        """Of the tokens at `position` and behind it; logits_NV: of what may stand there, total_N: their log_sum_exp."""
         num_best = min(num_best, logits_NV.shape[1])
         own = token_ids_N.to(logits_NV.device, torch.int64)[:, None]
         best = logits_NV.topk(num_best, dim=1)
@@ -60,7 +62,7 @@ def of_prompts(told: Told, sequences: Sequences, rows: StepRows, hidden_TC: Tens
             logits_NV = logits(hidden_TC[begin + position - first : begin + until - first])
             token_ids = torch.from_numpy(sequences.tokens[slot, position + 1 : until + 1].copy())
             num_best = int(sequences.columns.prompt_logprobs[slot])
-            told.add(slot, position + 1, logits_NV, _log_sum_exp(logits_NV), token_ids, num_best)
+            told.add(slot, position + 1, logits_NV, log_sum_exp(logits_NV, told.one_by_one), token_ids, num_best)
 
 
 class OfDraws:
@@ -74,7 +76,7 @@ class OfDraws:
     def tell(self, told: Told, rows: StepRows, tokens_N: Tensor) -> None:
         if not len(self._asked):
             return
-        total_M = _log_sum_exp(self._logits_MV)
+        total_M = log_sum_exp(self._logits_MV, told.one_by_one)
         for m, i in enumerate(self._asked.tolist()):
             row = rows.drawing[i]
             position = int(rows.first[row] + rows.count[row])
@@ -82,5 +84,10 @@ class OfDraws:
             told.add(int(rows.slots[row]), position, logits, total, tokens_N[i : i + 1], int(self._num_best[i]))
 
 
-def _log_sum_exp(logits_NV: Tensor) -> Tensor:
-    return kernels.log_sum_exp(logits_NV) if kernels.fits(logits_NV) else logits_NV.logsumexp(dim=1)
+def log_sum_exp(logits_NV: Tensor, one_by_one: bool) -> Tensor:
+    """one_by_one: of each row alone, so that its last digits do not depend on how many there are."""
+    if kernels.fits(logits_NV):
+        return kernels.log_sum_exp(logits_NV)
+    if not one_by_one:
+        return logits_NV.logsumexp(dim=1)
+    return torch.cat([row.logsumexp(dim=1) for row in logits_NV.split(1)])

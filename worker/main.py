@@ -57,6 +57,11 @@ def parse(arguments: Sequence[str]) -> tuple[WorkerConfig, str, str]:
         choices=QUANTIZATIONS,
         help="int8: weights of 8 bits, on a CPU only [none]",
     )
+    add(
+        "--deterministic",
+        action="store_true",
+        help="bit for bit the same logits of a sequence in any company; on a CPU, in float32, slower",
+    )
     add("--weights", default=STORED, metavar="random:SEED", help="made up instead of read, for measurements of a shape")
     add("--max-model-len", type=int, metavar="N", help="tokens of prompt and output together [the model's]")
     add("--block-size", type=int, default=16, metavar="N", help="tokens of one KV-cache block [16]")

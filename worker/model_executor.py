@@ -16,7 +16,7 @@ import torch
 from kvcache.storage import KVStorage
 from wire import PlanHeader, ResultHeader, SamplingSpec, SequenceStart, StepPlan, StepResult, WorkerFacts
 from wire.messages import I32
-from worker import attention
+from worker import attention, determinism
 from worker.batch import build
 from worker.config import WorkerConfig
 from worker.executor import Answer, Deliver, failure
@@ -32,10 +32,12 @@ log = logging.getLogger(__name__)
 class ModelExecutor:
     """Computes each step here and now, in the thread that submits it."""
 
-    def __init__(self, model: Model, kv: KVStorage, facts: WorkerFacts, device: torch.device) -> None:
+    def __init__(
+        self, model: Model, kv: KVStorage, facts: WorkerFacts, device: torch.device, deterministic: bool = False
+    ) -> None:
         self.facts = facts
         self._model, self._kv, self._device = model, kv, device
-        self._attention = attention.choose(device)
+        self._attention, self._one_by_one = attention.choose(device, deterministic), deterministic
         self._sequences = Sequences(facts)
 
     @staticmethod
@@ -45,8 +47,10 @@ class ModelExecutor:
 
     @staticmethod
     def with_model(loaded: Loaded) -> ModelExecutor:
-        executor = ModelExecutor(loaded.model, loaded.kv, loaded.facts, loaded.device)
+        executor = ModelExecutor(loaded.model, loaded.kv, loaded.facts, loaded.device, loaded.deterministic)
         executor._rehearse()
+        if loaded.deterministic:
+            determinism.check(loaded.model, loaded.kv, executor._attention, loaded.facts)
         return executor
 
     def reset(self) -> None:
@@ -78,7 +82,7 @@ class ModelExecutor:
 
     @torch.inference_mode()
     def _step(self, plan: StepPlan) -> tuple[StepRows, I32, Told]:
-        told = Told()
+        told = Told(self._one_by_one)
         rows = self._sequences.apply(plan)
         self._move_blocks(plan)
         if not len(rows.slots):
@@ -90,7 +94,7 @@ class ModelExecutor:
             return rows, np.empty(0, np.int32), told
         logits_NV = self._model.logits(hidden_TC[batch.drawing])
         of_draws = OfDraws(self._sequences, rows, logits_NV)
-        tokens = sample(logits_NV, self._sequences.sampling(rows))[: rows.num_sampled]
+        tokens = sample(logits_NV, self._sequences.sampling(rows), self._one_by_one)[: rows.num_sampled]
         of_draws.tell(told, rows, torch.from_numpy(tokens))
         self._sequences.feed(rows, tokens)
         return rows, tokens, told

@@ -27,8 +27,9 @@ _NUCLEUS_TRY = 512  # best tokens among which the nucleus is looked for before t
 _MINUS_INFINITY = float("-inf")
 
 
-def sample(logits_NV: Tensor, rows: SamplingRows) -> I32:
-    """The tokens [N]. `logits_NV` is float32 and ours to write to. A row with a NaN or an infinite best gets its argmax."""
+def sample(logits_NV: Tensor, rows: SamplingRows, one_by_one: bool = False) -> I32:
+    """The tokens [N]. `logits_NV` is float32 and ours to write to. A row with a NaN or an infinite best gets its argmax.
+    one_by_one: what filters add up of a row is the same, to the last digit, whatever the other rows are."""
     adjust(logits_NV, rows)
     best_N, token_N = logits_NV.max(dim=-1)
     tokens = token_N.cpu().numpy().astype(np.int32)
@@ -36,7 +37,8 @@ def sample(logits_NV: Tensor, rows: SamplingRows) -> I32:
     chosen = np.flatnonzero(at_random)
     if len(chosen):
         scores_MV = _scaled(logits_NV, rows, chosen)
-        keep(scores_MV, rows.top_k[chosen], rows.top_p[chosen], rows.min_p[chosen])
+        for part in parts(len(chosen), one_by_one):
+            keep(scores_MV[part], rows.top_k[chosen[part]], rows.top_p[chosen[part]], rows.min_p[chosen[part]])
         tokens[chosen] = draw(scores_MV, rows.seed[chosen], rows.position[chosen], rows.output_index[chosen])
     return tokens
 
@@ -54,6 +56,11 @@ def sample_slowly(logits_NV: Tensor, rows: SamplingRows) -> I32:
         noise_V = whole_noise(len(scores_V), rows.seed[i], rows.position[i], rows.output_index[i])
         tokens[i] = int((scores_V.cpu().numpy() + noise_V).argmax())
     return tokens
+
+
+def parts(count: int, one_by_one: bool) -> list[slice]:
+    """Rows that are filtered together."""
+    return [slice(i, i + 1) for i in range(count)] if one_by_one else [slice(0, count)]
 
 
 def _scaled(logits_NV: Tensor, rows: SamplingRows, chosen: NDArray[np.intp]) -> Tensor:

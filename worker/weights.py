@@ -37,6 +37,7 @@ class Weights(Protocol):
     dtype: torch.dtype
     device: torch.device
     quantization: str  # of matrices that are multiplied with: one of layers.products.QUANTIZATIONS
+    deterministic: bool  # products whose rows do not depend on one another, bit for bit
     num_parameters: int  # taken so far
 
     def take(self, name: str, *shape: int) -> Tensor:
@@ -62,9 +63,11 @@ class Checkpoint:
         dtype: torch.dtype | str | None,
         quantization: str = "none",
         stored: bool = True,
+        deterministic: bool = False,
     ) -> None:
         """dtype None: that of the first stored tensor. Raises CheckpointError, also if a shard is missing."""
         self.device, self.quantization, self.num_parameters = torch.device(device), quantization, 0
+        self.deterministic = deterministic
         self._files: dict[Path, Any] = {}  # open safetensors files
         self._file_of = _tensor_files(model_dir) if stored else {}
         self._where = model_dir
@@ -154,8 +157,16 @@ class RandomWeights:
 
     _DEVIATION = 0.02
 
-    def __init__(self, seed: int, device: torch.device | str, dtype: torch.dtype, quantization: str = "none") -> None:
+    def __init__(
+        self,
+        seed: int,
+        device: torch.device | str,
+        dtype: torch.dtype,
+        quantization: str = "none",
+        deterministic: bool = False,
+    ) -> None:
         self.device, self.dtype, self.quantization, self.num_parameters = torch.device(device), dtype, quantization, 0
+        self.deterministic = deterministic
         self._generator = torch.Generator(self.device).manual_seed(seed)
 
     def take(self, name: str, *shape: int) -> Tensor:

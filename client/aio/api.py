@@ -166,9 +166,9 @@ class AsyncCarouselClient:
         request = questions.watch_load_request(interval_s)
         return AsyncStream(self._control.WatchLoad(request, metadata=self._metadata), self.target)
 
-    async def block_tables(self) -> inspect_pb2.GetBlockTablesResponse:
-        """Who holds which block at this moment, and how often blocks are shared."""
-        return await self._ask(questions.block_tables())
+    async def block_tables(self, group: int = 0) -> inspect_pb2.GetBlockTablesResponse:
+        """Who holds which block of a worker group at this moment, and how often blocks are shared."""
+        return await self._ask(questions.block_tables(group))
 
     def watch_steps(self) -> AsyncStream[inspect_pb2.WatchStepsResponse]:
         """What each step does, from now on, until it is closed."""
@@ -196,11 +196,12 @@ class AsyncCarouselClient:
         at most; the server's own limit can't be lengthened. Answers at once, and may be called again."""
         return await self._ask(questions.drain(timeout_s))
 
-    async def replace_worker(self, device: str | None = None) -> control_pb2.ReplaceWorkerResponse:
+    async def replace_worker(self, device: str | None = None, group: int | None = None) -> control_pb2.ReplaceWorkerResponse:
         """Starts a new worker that takes the place of the one that computes; no request fails. device: auto, cpu, cuda or sim;
-        None: as the server was told. Returns once it computes, whatever the client's timeout for other calls. Raises
-        CarouselError (FAILED_PRECONDITION) when it does not come to that: the old one goes on."""
-        return await self._ask(questions.replace_worker(device), REPLACE_S)
+        None: as the server was told. group: whose worker; None: the first group's that has one. Returns once it computes,
+        whatever the client's timeout for other calls. Raises CarouselError (FAILED_PRECONDITION) when it does not come to that:
+        the old one goes on."""
+        return await self._ask(questions.replace_worker(device, group), REPLACE_S)
 
     # ------------------------------------------------------------------------------------------------------- start
 

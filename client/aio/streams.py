@@ -124,6 +124,8 @@ class AsyncGenerateStream(AsyncStream[pb.GenerateResponse]):
             try:
                 event = await anext(self._messages)
             except grpc.aio.AioRpcError as error:
+                if self._progress.summary is not None:  # all of it is here: a connection may break now
+                    raise StopAsyncIteration from None
                 await self._go_on(error_of(error, self._target, self._progress.answered))
             except StopAsyncIteration:
                 self._progress.end()

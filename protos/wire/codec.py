@@ -31,6 +31,7 @@ _Headers = (
     | messages.Facts
     | messages.AddHeader
     | messages.RestoreHeader
+    | messages.MovedHeader
     | messages.AbortRequest
     | messages.TruncateRequest
     | messages.CreditHeader

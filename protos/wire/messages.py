@@ -9,7 +9,7 @@ Three links use them, and the journal:
   worker → core   WorkerHello, Heartbeat, Logprobs, StepResult, StepFailed
   core → worker   Welcome, StepPlan, Probe, Retired
   front end → core  FrontendHello, AddRequest, AbortRequest, TruncateRequest, Credit, WatchSteps, and the queries
-  core → core       RestoreRequest, by way of the journal
+  core → core       RestoreRequest, by way of the journal; MovedRequest, in one process
   core → front end  Facts, Refused, Logprobs, TokenBatch, StepRecord, Probe, and the replies to queries
 """
 
@@ -91,7 +91,7 @@ class WorkerHello(Header, tag="worker_hello"):
     """First message of a worker, once its model is loaded and it can take plans. Where there is a worker already, it stands by
     until that one is lost."""
 
-    group: int
+    group: int  # that it computed for last, or would like to; Welcome says for which it does
     facts: WorkerFacts
     link_id: str = ""  # drawn by the worker: its heartbeats come by another connection and carry it
     heartbeat_ms: int = 0  # from one to the next; 0: there are none
@@ -359,6 +359,61 @@ class RestoreRequest:
     ARRAYS: ClassVar[tuple[tuple[str, str], ...]] = (("prompt", "<i4"), ("tokens", "<i4"), ("num_tokens", "<i4"))
 
 
+class MovedOutput(Header):
+    """What stands in no token of an output that goes from one core to another. Times are CLOCK_MONOTONIC nanoseconds, -1: not
+    yet; all of it as scheduler/core/request.py names it."""
+
+    order_ns: int
+    taken: int  # tokens that its reader took
+    crash_point: int
+    lost_tokens: int
+    preemptions: int
+    preempted_by: tuple[Preemption, ...]
+    cached_tokens: int
+    recomputed_tokens: int
+    block_ns: int
+    admitted_ns: int
+    first_token_ns: int
+    ended_ns: int
+    preempted_since_ns: int
+    preempted_ns: int
+    preempted_first_ns: int
+    end_reason: str  # empty: it goes on
+    first_step: int
+    last_step: int
+    num_ended_outputs: int
+
+
+class MovedHeader(Header, tag="moved"):
+    add: AddHeader
+    accepted_ns: int
+    outputs: tuple[MovedOutput, ...]
+    crashes: int = 0  # of the worker while it was computed, since it last got past one
+    crashes_alone: int = 0  # of these, while nobody else was
+    is_tried: bool = False  # it may have crashed the worker so often that it is tried apart from all others …
+    is_tried_with_last: bool = False  # … together with the one that moved before it
+    hash_block_size: int = 0  # tokens of a block that prefix_hashes were made for
+
+
+@dataclass(slots=True)
+class MovedRequest:
+    """A request on its way from a core whose worker is away to another one, with all that is known of it."""
+
+    header: MovedHeader
+    prompt: I32 = field(default_factory=_i32)  # [T]
+    tokens: I32 = field(default_factory=_i32)  # [N] of all outputs that go on, one after the other
+    num_tokens: I32 = field(default_factory=_i32)  # [O] of each output
+    prefix_hashes: U8 = field(default_factory=_u8)  # [16 F] of the prompt's full blocks, in order
+
+    HEADER: ClassVar[type[Header]] = MovedHeader
+    ARRAYS: ClassVar[tuple[tuple[str, str], ...]] = (
+        ("prompt", "<i4"),
+        ("tokens", "<i4"),
+        ("num_tokens", "<i4"),
+        ("prefix_hashes", "|u1"),
+    )
+
+
 class AbortRequest(Header, tag="abort"):
     """The client dropped the stream: forget the request with all its outputs; OutputEnded(CANCELLED) comes back for each that
     had not ended. One with a resume window goes on without a reader instead, and nothing comes back."""
@@ -512,6 +567,15 @@ class LoadReply(Header, tag="load_reply"):
     swapped_blocks: int = 0
 
 
+class GroupLoadReply(Header):
+    """One of several groups."""
+
+    group: int
+    has_worker: bool
+    epoch: int
+    load: LoadReply
+
+
 class Distribution(Header):
     """How often a measured value fell where."""
 
@@ -538,6 +602,7 @@ class MetricsReply(Header, tag="metrics_reply"):
     step_seconds: Distribution  # a step, by the worker's own clock
     step_tokens: Distribution  # computed in a step
     inter_token_seconds: Distribution  # between two tokens of one output, preemptions included
+    groups: tuple[GroupLoadReply, ...] = ()  # where there are several; all else is of all of them
 
 
 class SetPolicyQuery(Header, tag="set_policy"):
@@ -569,6 +634,7 @@ class ReplaceQuery(Header, tag="replace"):
 
     query_id: int
     device: str  # to compute on; empty: as now
+    group: int = -1  # whose worker; -1: the first group's that has one
 
 
 class ReplaceReply(Header, tag="replace_reply"):
@@ -630,6 +696,7 @@ class Explanation(Header):
     text: str = ""  # all of it in a sentence or two, for people
     first_step: int = -1  # the plan that it joined first with; -1: none
     last_step: int = -1  # the last plan with it, once it has ended
+    group: int = 0
 
 
 class ExplainQuery(Header, tag="explain"):
@@ -652,6 +719,7 @@ class RequestSummary(Header):
     num_output_tokens: int  # of all its outputs
     num_outputs: int
     held_blocks: int  # a shared block counts for each that holds it
+    group: int = 0
 
 
 class ListQuery(Header, tag="list"):
@@ -662,7 +730,7 @@ class ListQuery(Header, tag="list"):
 
 class ListReply(Header, tag="list_reply"):
     query_id: int
-    requests: tuple[RequestSummary, ...]  # by arrival
+    requests: tuple[RequestSummary, ...]  # by group, in a group by arrival
     next: int  # 0: that was all
     total: int
 
@@ -677,6 +745,7 @@ class BlockTable(Header):
 
 class BlockTablesQuery(Header, tag="block_tables"):
     query_id: int
+    group: int = 0
 
 
 class BlockTablesHeader(Header, tag="block_tables_reply"):
@@ -755,6 +824,7 @@ Message: TypeAlias = (
     | Facts
     | AddRequest
     | RestoreRequest
+    | MovedRequest
     | AbortRequest
     | TruncateRequest
     | Credit
@@ -792,6 +862,7 @@ WITH_ARRAYS: dict[type[Header], Any] = {
         Logprobs,
         AddRequest,
         RestoreRequest,
+        MovedRequest,
         Credit,
         TokenBatch,
         ResumeReply,

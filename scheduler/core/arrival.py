@@ -6,7 +6,7 @@ Reads the core and changes nothing.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from wire import AddRequest, Refused
 
@@ -18,7 +18,19 @@ _SECOND = 1_000_000_000
 _UNKNOWN_TENANT = "no tenant {!r} is served here, and none without an entry of its own: the server knows tenants by --tenant"
 
 
-def why_not(core: Core, add: AddRequest, frontend: int, now: int) -> Refused | None:
+class Elsewhere(NamedTuple):
+    """What the server's other cores hold that counts against its limits, when a request comes to this one."""
+
+    waiting_requests: int = 0
+    waiting_tokens: int = 0  # prompt tokens of these
+    tenant_requests: int = 0  # alive, of the tenant whose request it is
+    tenant_due_ns: int = 0  # when the tenant's next one would come, if they came at equal distances
+
+
+NOTHING_ELSEWHERE = Elsewhere()
+
+
+def why_not(core: Core, add: AddRequest, frontend: int, now: int, elsewhere: Elsewhere = NOTHING_ELSEWHERE) -> Refused | None:
     """None: it is welcome."""
     header, num_prompt, facts = add.header, len(add.prompt), core.facts
 
@@ -51,7 +63,11 @@ def why_not(core: Core, add: AddRequest, frontend: int, now: int) -> Refused | N
     num_hashes = num_prompt // core.kv.block_size if header.hash_block_size == core.kv.block_size else None
     if num_hashes is not None and len(add.prefix_hashes) != num_hashes * 16:
         return refused("INTERNAL", f"{len(add.prefix_hashes)} bytes of hashes for {num_hashes} blocks")
-    return _not_large(core, add, refused) or _not_of_this_tenant(core, add, now, refused) or _not_now(core, add, now, refused)
+    return (
+        _not_large(core, add, refused)
+        or _not_of_this_tenant(core, add, now, elsewhere, refused)
+        or _not_now(core, add, now, elsewhere, refused)
+    )
 
 
 def _not_large(core: Core, add: AddRequest, refused: Callable[..., Refused]) -> Refused | None:
@@ -74,13 +90,15 @@ def _not_large(core: Core, add: AddRequest, refused: Callable[..., Refused]) -> 
     )
 
 
-def _not_of_this_tenant(core: Core, add: AddRequest, now: int, refused: Callable[..., Refused]) -> Refused | None:
+def _not_of_this_tenant(
+    core: Core, add: AddRequest, now: int, elsewhere: Elsewhere, refused: Callable[..., Refused]
+) -> Refused | None:
     """It has as many requests as it may have, or as many came in a second."""
     tenants, name = core.tenants, add.header.tenant
     tenant = tenants.index_of(name)
     assert tenant is not None
-    most, wait_ns = int(tenants.max_requests[tenant]), tenants.wait_ns(tenant, now)
-    if 0 < most <= tenants.num_requests[tenant]:
+    most, wait_ns = int(tenants.max_requests[tenant]), tenants.wait_ns(tenant, now, elsewhere.tenant_due_ns)
+    if 0 < most <= tenants.num_requests[tenant] + elsewhere.tenant_requests:
         after_ns = max(core.mean_end_interval() or _SECOND, _SECOND // 100)
         refusal = refused("RESOURCE_EXHAUSTED", f"tenant {name!r} may have {most} requests at a time", retry_after_ns=after_ns)
         refusal.details = {"reason": "TENANT_REQUESTS", "max_requests": str(most)}
@@ -93,7 +111,7 @@ def _not_of_this_tenant(core: Core, add: AddRequest, now: int, refused: Callable
     return None
 
 
-def _not_now(core: Core, add: AddRequest, now: int, refused: Callable[..., Refused]) -> Refused | None:
+def _not_now(core: Core, add: AddRequest, now: int, elsewhere: Elsewhere, refused: Callable[..., Refused]) -> Refused | None:
     """The queue is full, or the deadline can't be met."""
     header, queue = add.header, core.queue
     if header.deadline_ns:
@@ -105,10 +123,12 @@ def _not_now(core: Core, add: AddRequest, now: int, refused: Callable[..., Refus
             refusal = refused("DEADLINE_EXCEEDED", f"{what} would take about {estimate / 1e6:.0f} ms, {said}")
             refusal.details = {"estimate_ms": f"{estimate / 1e6:.0f}", "left_ms": f"{left / 1e6:.0f}"}
             return refusal
-    if not queue.has_room_for(len(add.prompt)):
-        message = f"{queue.num_requests} requests with {queue.num_tokens} prompt tokens wait already"
-        refusal = refused("RESOURCE_EXHAUSTED", message, retry_after_ns=drain_time(core, len(add.prompt)))
-        refusal.details = {"waiting_requests": str(queue.num_requests), "waiting_tokens": str(queue.num_tokens)}
+    others, other_tokens = elsewhere.waiting_requests, elsewhere.waiting_tokens
+    if not queue.has_room_for(len(add.prompt), others, other_tokens):
+        num_requests, num_tokens = queue.num_requests + others, queue.num_tokens + other_tokens
+        message = f"{num_requests} requests with {num_tokens} prompt tokens wait already"
+        refusal = refused("RESOURCE_EXHAUSTED", message, retry_after_ns=drain_time(core, len(add.prompt), other_tokens))
+        refusal.details = {"waiting_requests": str(num_requests), "waiting_tokens": str(num_tokens)}
         return refusal
     return None
 
@@ -122,6 +142,15 @@ def max_outputs(core: Core, num_prompt: int, max_tokens: int, tenant: int) -> in
     num_blocks = min(facts.num_blocks, quota) if quota else facts.num_blocks
     room = min(facts.max_model_len, num_blocks * facts.block_size + 1) - num_prompt
     return min(max_tokens, room) if max_tokens else room
+
+
+def fits(core: Core, num_prompt: int, max_tokens: int, num_outputs: int = 0) -> bool:
+    """Whether the model's length and the whole pool have room for so many tokens. max_tokens: of an output; 0: no limit of its
+    own, and it has num_outputs already."""
+    facts = core.facts
+    if facts is None:
+        return False
+    return num_prompt + (max_tokens or num_outputs + 1) <= min(facts.max_model_len, facts.num_blocks * facts.block_size + 1)
 
 
 def time_to_first_token(core: Core, add: AddRequest) -> int:
@@ -163,12 +192,13 @@ def time_to_finish(core: Core, add: AddRequest) -> int:
     return time_to_first_token(core, add) + max(0, add.header.max_tokens - 1) * step
 
 
-def drain_time(core: Core, num_tokens: int) -> int:
-    """Nanoseconds until so many tokens should have room in the queue, from the rate at which requests have been ending."""
+def drain_time(core: Core, num_tokens: int, other_tokens: int = 0) -> int:
+    """Nanoseconds until so many tokens should have room in the queue, from the rate at which requests have been ending.
+    other_tokens: that wait in other cores."""
     interval = core.mean_end_interval()
     if not interval:
         return _SECOND
     queue = core.queue
     mean = max(1, queue.num_tokens // max(1, queue.num_requests))
-    places = max(1, -(-(queue.num_tokens + num_tokens - queue.max_tokens) // mean))
+    places = max(1, -(-(queue.num_tokens + other_tokens + num_tokens - queue.max_tokens) // mean))
     return min(max(places * interval, _SECOND // 100), 60 * _SECOND)

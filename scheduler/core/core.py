@@ -17,8 +17,9 @@ from numpy.typing import NDArray
 from kvcache.block_table import Slots
 from kvcache.manager import KVCacheManager
 from kvcache.prefix_index import hash_blocks
-from scheduler.core import admission, arrival, invariants, policies, preemption, publishing
+from scheduler.core import admission, arrival, invariants, moving, policies, preemption, publishing
 from scheduler.core.admission import Hindered, Place
+from scheduler.core.arrival import NOTHING_ELSEWHERE, Elsewhere
 from scheduler.core.config import CoreConfig
 from scheduler.core.deadlines import Deadlines, expiry
 from scheduler.core.policies import Selection
@@ -33,6 +34,7 @@ from wire import (
     CancelOutcome,
     EndReason,
     LoadReply,
+    MovedRequest,
     OutputEnded,
     PlanHeader,
     Preemption,
@@ -150,6 +152,7 @@ class Core:
         self._now = 0  # of the plan being made
         self._kv_tokens = 0  # computed tokens of all that run, counting plans in flight
         self._emitted = _Emitted()
+        self._given_of: list[Request] | None = None  # those tried together whom the last request given belonged to
         self._starts: list[int] = []  # slots admitted for the plan being made
         self._grown: list[tuple[Slots, I32]] = []  # blocks appended for the plan being made
         self._ended: list[int] = []  # slots that the worker may forget with the next plan
@@ -161,9 +164,10 @@ class Core:
 
     # ------------------------------------------------------------------------------------------------ requests
 
-    def add(self, add: AddRequest, frontend: int, now: int) -> Refused | None:
-        """A new request. None: accepted, its tokens will come; else why not."""
-        refused = arrival.why_not(self, add, frontend, now)
+    def add(self, add: AddRequest, frontend: int, now: int, elsewhere: Elsewhere = NOTHING_ELSEWHERE) -> Refused | None:
+        """A new request. elsewhere: what other cores hold that counts against the same limits. None: accepted, its tokens will
+        come; else why not."""
+        refused = arrival.why_not(self, add, frontend, now, elsewhere)
         if refused is not None:
             self.counters.refused += 1
             return refused
@@ -181,7 +185,7 @@ class Core:
             num_live=header.num_outputs,
         )
         self._enter(request, now)
-        self.tenants.count(tenant, now)
+        self.tenants.count(tenant, now, elsewhere.tenant_due_ns)
         latest_start = self._latest_start(request) if header.deadline_ns else 0
         shares = header.num_outputs > 1 and not self.policy.reserves_outputs
         for index in range(header.num_outputs):
@@ -253,6 +257,74 @@ class Core:
             sequence.preempted_by.append(Preemption(now, "", sequence.lost_tokens, False))
             sequence.admitted_ns, sequence.first_token_ns = request.header.arrival_ns, now
         return sequence
+
+    def can_give(self, request: Request) -> bool:
+        """Whether it may go to another core now: it holds no row and no blocks, and no plan in flight names it."""
+        return not any(sequence.slot >= 0 or sequence.host_blocks is not None for sequence in request.sequences)
+
+    def give(self, frontend: int, handle: int, now: int) -> MovedRequest:
+        """Takes a request out, with all that is known of it, for another core. Those that are tried apart, as they may crash
+        workers, are given in the order in which they would be tried."""
+        request = self._by_handle[frontend, handle].request
+        assert self.can_give(request), f"{request.request_id} is in the batch"
+        trial = next((trial for trial in self.trials.trials if request in trial), None)
+        with_last = trial is not None and trial is self._given_of
+        self._given_of = trial
+        moved = moving.packed(request, self.kv.block_size, is_tried=trial is not None, is_tried_with_last=with_last)
+        for sequence in request.sequences:
+            if sequence.state in QUEUED:
+                self.queue.remove(sequence)
+            del self._by_handle[frontend, sequence.handle]
+        del self._requests[request.request_id]
+        self._holding.pop(request.number, None)
+        self.tenants.leave(request.tenant)
+        if self.trials.ended(request):
+            self._confine()
+        self.counters.accepted -= 1  # it is the other one's
+        request.num_live = 0  # its alarms are void
+        self.hindered = None
+        if not self._requests:
+            self._busy_ns += now - self._busy_since_ns
+        return moved
+
+    def take(self, moved: MovedRequest, frontend: int, now: int) -> None:
+        """A request that another core gave, which fits here: it goes on where it was. Limits have let it in once."""
+        header, tenant = moved.header.add, self.tenants.index_of(moved.header.add.tenant)
+        assert tenant is not None and self.facts is not None, "cores of one server know the same tenants"
+        request = Request(
+            header=header,
+            frontend=frontend,
+            number=self._next_number,
+            prompt=moved.prompt,
+            tenant=tenant,
+            max_outputs=arrival.max_outputs(self, len(moved.prompt), header.max_tokens, tenant),
+            digests=moved.prefix_hashes.tobytes(),
+            accepted_ns=moved.header.accepted_ns,
+            crashes=moved.header.crashes,
+            crashes_alone=moved.header.crashes_alone,
+        )
+        self._enter(request, now)
+        if moved.header.hash_block_size != self.kv.block_size:
+            self._rehash(request)
+        parts = np.split(moved.tokens, np.cumsum(moved.num_tokens)[:-1])
+        for index, (output, tokens) in enumerate(zip(moved.header.outputs, parts, strict=True)):
+            unread = self.config.max_unread_tokens
+            sequence = moving.sequence_of(request, index, self._next_sequence_id, output, tokens, unread)
+            self._next_sequence_id += 1
+            request.sequences.append(sequence)
+            self._by_handle[frontend, sequence.handle] = sequence
+            if sequence.state is State.PREEMPTED:
+                self.queue.push_back(sequence)
+            elif sequence.state is State.WAITING:
+                self.queue.push(sequence)
+        request.num_live = len(request.live())
+        assert request.num_live and request.max_outputs > max(len(sequence.outputs) for sequence in request.live())
+        self.counters.accepted += 1
+        self.trials.take(request, moved.header.is_tried, moved.header.is_tried_with_last)
+        self._confine()
+        if header.deadline_ns:
+            waits = all(sequence.admitted_ns < 0 for sequence in request.sequences)
+            self._deadlines.set(min(self._latest_start(request), expiry(request)) if waits else expiry(request), request)
 
     def _enter(self, request: Request, now: int) -> None:
         if not self._requests:
@@ -564,9 +636,9 @@ class Core:
         if sequence is None or sequence.slot >= 0:
             return
         lower = preemption.candidates(rows, below=sequence.priority)
-        if self.queue.is_aged_turn:  # who has waited longer would be the head in its place
-            younger = [slot for slot in lower.tolist() if rows.sequence(slot).sequence_id > sequence.sequence_id]
-            lower = np.array(younger, np.intp)
+        if self.queue.is_aged_turn:  # who has waited longer would be the head in its place, unless its reader has stopped
+            is_older = [rows.sequence(slot).sequence_id < sequence.sequence_id for slot in lower.tolist()]
+            lower = lower[~(np.array(is_older, np.bool_) & preemption.is_reading(rows, lower))]
         if not len(lower):
             return
         self.publish_full()

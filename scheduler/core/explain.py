@@ -46,6 +46,7 @@ def explain(core: Core, request_id: str, now: int) -> Explanation | None:
         end_reason=sequence.end_reason,
         first_step=request.sequences[0].first_step,
         last_step=max(each.last_step for each in request.sequences),
+        group=core.config.group,
     )
     explanation.text = _in_words(explanation)
     if len(request.sequences) > 1 and sequence.state is not State.ENDED:

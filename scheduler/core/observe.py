@@ -89,6 +89,7 @@ def _summary(core: Core, request: Request) -> RequestSummary:
         num_output_tokens=sum(core.num_outputs(sequence) for sequence in request.sequences),
         num_outputs=len(request.sequences),
         held_blocks=int(core.kv.tables.num_blocks[slots].sum()),
+        group=core.config.group,
     )
 
 

@@ -17,7 +17,7 @@ a request of a tenant that is not passed over is the head after at most oldest_e
 from __future__ import annotations
 
 import heapq
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Generic, Protocol, TypeAlias, TypeVar
 
 import numpy as np
@@ -299,10 +299,15 @@ class Queue(Generic[R]):
     def knows(self, priority: int) -> bool:
         return priority in self._classes
 
-    def has_room_for(self, num_tokens: int) -> bool:
-        """Whether a new request of so many prompt tokens may wait. One always may when no other new one does."""
-        num_new = self.num_requests
-        return not num_new or (num_new < self.max_requests and self.num_tokens + num_tokens <= self.max_tokens)
+    def has_room_for(self, num_tokens: int, others: int = 0, other_tokens: int = 0) -> bool:
+        """Whether a new request of so many prompt tokens may wait. One always may when no other new one does. others: new ones
+        that wait in other queues under the same limits, with so many prompt tokens."""
+        num_new, num_waiting = self.num_requests + others, self.num_tokens + other_tokens
+        return not num_new or (num_new < self.max_requests and num_waiting + num_tokens <= self.max_tokens)
+
+    def returning(self) -> Iterable[R]:
+        """Those that were running and came back."""
+        return self._returning.values()
 
     # ----------------------------------------------------------------------------------------------- come and go
 

@@ -70,17 +70,22 @@ class Tenants:
         self.num_requests[index] += 1
         self._idle.pop(index, None)
 
-    def wait_ns(self, index: int, now: int) -> int:
+    def wait_ns(self, index: int, now: int, due_ns: int = 0) -> int:
         """Until one more request keeps to the tenant's number a second; 0: it may come now. A second's worth may come at once
-        (the generic cell rate algorithm, ITU-T I.371)."""
+        (the generic cell rate algorithm, ITU-T I.371). due_ns: of the same tenant in other cores."""
         rate = int(self.max_per_s[index])
-        return max(0, int(self.due_ns[index]) - now - (_SECOND - _SECOND // rate)) if rate else 0
+        return max(0, max(int(self.due_ns[index]), due_ns) - now - (_SECOND - _SECOND // rate)) if rate else 0
 
-    def count(self, index: int, now: int) -> None:
+    def count(self, index: int, now: int, due_ns: int = 0) -> None:
         """A request was accepted."""
         rate = int(self.max_per_s[index])
         if rate:
-            self.due_ns[index] = max(int(self.due_ns[index]), now) + _SECOND // rate
+            self.due_ns[index] = max(int(self.due_ns[index]), due_ns, now) + _SECOND // rate
+
+    def standing(self, name: str) -> tuple[int, int]:
+        """(requests alive, when the next one would come) of a tenant, if it is remembered. Changes nothing."""
+        index = self._indices.get(name)
+        return (0, 0) if index is None else (int(self.num_requests[index]), int(self.due_ns[index]))
 
     def leave(self, index: int) -> None:
         self.num_requests[index] -= 1

@@ -27,6 +27,11 @@ class Trials:
         return bool(self._suspects)
 
     @property
+    def trials(self) -> list[list[Request]]:
+        """Those still to be tried, in order; not to be changed. Each list is tried together."""
+        return self._groups
+
+    @property
     def groups(self) -> list[list[str]]:
         """Ids of those still to be tried; the first group is on trial."""
         return [[request.request_id for request in group] for group in self._groups]
@@ -77,6 +82,17 @@ class Trials:
     def ended(self, request: Request) -> bool:
         """True: whoever waited for that may come in now."""
         return self._leave(request)
+
+    def take(self, request: Request, is_tried: bool, is_with_last: bool) -> None:
+        """It comes from another core, with what is known of it there. is_with_last: it is tried together with the last one."""
+        if any(sequence.crash_point for sequence in request.live()):
+            self._suspects[request.number] = request
+        if is_tried:
+            if is_with_last and self._groups:
+                self._groups[-1].append(request)
+            else:
+                self._groups.append([request])
+            self._begin()
 
     def skip(self) -> None:
         """Those on trial can't get on, as nobody reads them: the next ones. They stay suspects."""

@@ -247,9 +247,10 @@ class CoreLink:
         """timeout_ms: what those alive get at most; negative: as configured. Raises UnavailableError."""
         return await self._ask(DrainQuery(self._new_query(), timeout_ms), DrainReply)
 
-    async def replace_worker(self, device: str) -> ReplaceReply:
-        """Answered once the new worker computes: the caller's deadline is the only one. Raises UnavailableError."""
-        return await self._ask(ReplaceQuery(self._new_query(), device), ReplaceReply, None)
+    async def replace_worker(self, device: str, group: int) -> ReplaceReply:
+        """group: -1: the first that has a worker. Answered once the new worker computes: the caller's deadline is the only one.
+        Raises UnavailableError."""
+        return await self._ask(ReplaceQuery(self._new_query(), device, group), ReplaceReply, None)
 
     async def list_requests(self, after: int, limit: int) -> ListReply:
         """after: `next` of the reply before, 0 for the first. Raises UnavailableError."""
@@ -259,9 +260,9 @@ class CoreLink:
         """Raises UnavailableError."""
         return await self._ask(ExplainQuery(self._new_query(), request_id), ExplainReply)
 
-    async def block_tables(self) -> BlockTablesReply:
+    async def block_tables(self, group: int) -> BlockTablesReply:
         """Raises UnavailableError."""
-        return await self._ask(BlockTablesQuery(self._new_query()), BlockTablesReply)
+        return await self._ask(BlockTablesQuery(self._new_query(), group), BlockTablesReply)
 
     def watch(self) -> Watcher:
         """The core's step records from now on, until `unwatch`. Raises UnavailableError."""

@@ -13,11 +13,14 @@ from typing import Any
 
 import grpc.aio
 import pytest
+from google.rpc import status_pb2
+from grpc_status import rpc_status
 
 from bench.http2 import Answer, Call, Caller, CallError, Peer
 from tests.helpers.certificates import Authority
 
 _UP, _DOWN, _REFUSED, _MIXED, _SAID = "/t.T/Up", "/t.T/Down", "/t.T/Refused", "/t.T/Mixed", "/t.T/Said"
+_DETAILED = "/t.T/Detailed"
 
 
 async def _down(asked: bytes, context: Any) -> None:
@@ -33,6 +36,12 @@ async def _up(asked: Any, context: Any) -> None:
 
 async def _refused(asked: bytes, context: Any) -> None:
     await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, "no room")
+
+
+async def _detailed(asked: bytes, context: Any) -> None:
+    """Refused with a status that says what was asked."""
+    said = status_pb2.Status(code=grpc.StatusCode.RESOURCE_EXHAUSTED.value[0], message=asked.decode())
+    await context.abort_with_status(rpc_status.to_status(said))
 
 
 async def _mixed(asked: bytes, context: Any) -> None:
@@ -53,6 +62,7 @@ class _Service(grpc.GenericRpcHandler):
             _DOWN: grpc.unary_stream_rpc_method_handler(_down),
             _UP: grpc.stream_stream_rpc_method_handler(_up),
             _REFUSED: grpc.unary_stream_rpc_method_handler(_refused),
+            _DETAILED: grpc.unary_stream_rpc_method_handler(_detailed),
             _MIXED: grpc.unary_stream_rpc_method_handler(_mixed),
             _SAID: grpc.unary_stream_rpc_method_handler(_said),
         }.get(handler_call_details.method)
@@ -130,6 +140,14 @@ def test_a_status_is_told(port: int) -> None:
     refused, unknown = (_run(port, [Call(path, (b"",))])[0] for path in (_REFUSED, "/t.T/None"))
     assert (refused.status, unknown.status) == (grpc.StatusCode.RESOURCE_EXHAUSTED.value[0], 12)
     assert not refused.messages
+
+
+@pytest.mark.parametrize("size", [0, 10, 100, 120, 121, 122, 123, 124, 125, 126, 127, 250, 1000])
+def test_the_details_of_a_status_arrive_as_they_were_sent(port: int, size: int) -> None:
+    (answer,) = _run(port, [Call(_DETAILED, (b"x" * size,))])
+    assert answer.status == grpc.StatusCode.RESOURCE_EXHAUSTED.value[0]
+    assert status_pb2.Status.FromString(answer.details).message == "x" * size
+    assert not _run(port, [Call(_REFUSED, (b"",))])[0].details
 
 
 def test_held_calls_are_all_heard_of_before_any_message(port: int) -> None:

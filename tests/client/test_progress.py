@@ -204,6 +204,20 @@ def test_what_can_not_be_resumed_ends_with_the_first_error_and_says_why(code: st
     assert error.message == "broke off; it could not be resumed: not kept"
 
 
+@pytest.mark.parametrize("code", ["CANCELLED", "DEADLINE_EXCEEDED", "INTERNAL"])
+@pytest.mark.parametrize("goes_on_first", [False, True])
+def test_a_request_ends_after_a_break_as_it_would_have_without(code: str, goes_on_first: bool) -> None:
+    progress = begin()
+    progress.take(delta(0, 1, 0, "a"))
+    resumed(progress)
+    if goes_on_first:
+        progress.take(delta(1, 1, 1, "b"))
+    its_end = CarouselError(grpc.StatusCode[code], "its time was over")
+    with pytest.raises(CarouselError) as raised:
+        progress.failed(its_end, 1.0, 0.5)
+    assert raised.value is its_end
+
+
 def test_the_server_is_looked_for_as_long_as_it_keeps_the_request() -> None:
     """As often as it takes, whatever `retries` says, and no longer than the window from the break on."""
     progress = begin(window_ms=10_000, retries=0)

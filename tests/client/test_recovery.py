@@ -77,6 +77,17 @@ def test_a_cut_connection_leaves_no_gap_and_no_repeat(server, cable, client, res
     assert cable.num_connections == 2 and server.requests.qsize() == 1
 
 
+def test_a_connection_that_breaks_after_the_summary_is_no_error(server, cable, client):
+    events_in_all = len(WORDS) + 2
+    server.stops.append(events_in_all)
+    stream = client.generate("p")
+    events = take(stream, events_in_all)
+    assert events[-1].HasField("summary")
+    cable.cut()
+    assert list(stream) == []
+    assert server.resumes.empty() and server.requests.qsize() == 1
+
+
 def test_it_may_be_cut_again_and_again(server, cable, client):
     server.stops.extend([1, 2, 1, 1])
     stream, events = client.generate("p"), []

@@ -35,9 +35,9 @@ def test_nothing_else_is_tried_again_whatever_the_server_says_with_it() -> None:
     assert not any(is_retryable(error(name, 1.0), idempotent=True) for name in others)
 
 
-def test_delays_double_up_to_five_seconds() -> None:
+def test_delays_double_up_to_two_seconds() -> None:
     attempts = Attempts(9, None)
-    assert [attempts.delay_s(BUSY, 0.0, 1.0) for _ in range(8)] == [0.1, 0.2, 0.4, 0.8, 1.6, 3.2, 5.0, 5.0]
+    assert [attempts.delay_s(BUSY, 0.0, 1.0) for _ in range(8)] == [0.1, 0.2, 0.4, 0.8, 1.6, 2.0, 2.0, 2.0]
 
 
 def test_delays_are_drawn_from_their_upper_half() -> None:

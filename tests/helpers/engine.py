@@ -155,7 +155,7 @@ class HandWorker(Dealer):
 
     def _welcome(self, message: Message | None) -> None:
         assert isinstance(message, Welcome), message
-        self.epoch = message.epoch
+        self.group, self.epoch = message.group, message.epoch
         self.executor.reset()
 
     def step(self, timeout_ms: int = PATIENCE_MS) -> StepPlan | None:
@@ -174,7 +174,7 @@ class HandWorker(Dealer):
         """Answers the next plan with StepFailed, and takes no other before the next Welcome, as a worker does."""
         plan = self.receive()
         assert isinstance(plan, StepPlan), plan
-        self.send(StepFailed(0, self.epoch, plan.header.step_id, why))
+        self.send(StepFailed(self.group, self.epoch, plan.header.step_id, why))
         self.welcome()
 
     def welcome(self) -> None:

@@ -10,7 +10,9 @@ from worker.config import WorkerConfig
 from worker.model_executor import ModelExecutor
 
 
-def model_executor(model_dir: Path, num_blocks: int, block_size: int = 16, num_host_blocks: int = 0) -> ModelExecutor:
+def model_executor(
+    model_dir: Path, num_blocks: int, block_size: int = 16, num_host_blocks: int = 0, deterministic: bool = False
+) -> ModelExecutor:
     """With host blocks, a swap is said to cost next to nothing: whoever is preempted is swapped."""
     wished = WorkerConfig(
         connect="ipc:///unused",
@@ -21,6 +23,7 @@ def model_executor(model_dir: Path, num_blocks: int, block_size: int = 16, num_h
         block_size=block_size,
         max_batch_rows=64,
         max_step_tokens=512,
+        deterministic=deterministic,
     )
     executor = ModelExecutor.of(wished, model_dir)
     if num_host_blocks:

@@ -12,6 +12,7 @@ from torch import Tensor
 from kvcache.storage import KVStorage
 from worker.attention import choose
 from worker.attention.base import AttentionBackend, AttentionInputs
+from worker.loading import cache_dtype
 from worker.models import load_model
 
 
@@ -50,15 +51,22 @@ class PagedModel:
         attention: AttentionBackend | None = None,
         device: str = "cpu",
         seed: int = 0,
+        quantization: str = "none",
+        deterministic: bool = False,
     ) -> None:
-        self.model, self.config = load_model(model_dir, dtype, device, max_model_len)
-        shape = self.config
-        self.kv = KVStorage(shape.num_layers, num_blocks, shape.num_kv_heads, block_size, shape.head_dim, dtype, device)
+        self.model, self.config = load_model(model_dir, dtype, device, max_model_len, quantization, deterministic=deterministic)
+        shape, stored = self.config, cache_dtype(quantization, dtype)
+        self.kv = KVStorage(shape.num_layers, num_blocks, shape.num_kv_heads, block_size, shape.head_dim, stored, device)
+        self.attention = attention or choose(device, deterministic)
+        self._block_size, self._device = block_size, device
+        self._ids = (np.random.default_rng(seed).permutation(num_blocks) + 1).tolist()
+        self.forget()
+
+    def forget(self) -> None:
+        """There are no rows, and nothing was ever written."""
         for layer in self.kv.layers:
             layer.fill_(torch.nan)
-        self.attention = attention or choose(device)
-        self._block_size, self._device = block_size, device
-        self._free = (np.random.default_rng(seed).permutation(num_blocks) + 1).tolist()
+        self._free = list(self._ids)
         self._tables: dict[int, list[int]] = {}
         self._lengths: dict[int, int] = {}
 

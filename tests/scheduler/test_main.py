@@ -78,6 +78,12 @@ def test_carousel_serve_has_the_options_that_matter_and_the_scheduler_takes_all_
     assert mine >= {"--record", "--tenant", "--target-itl-ms", "--swap-gib", "--no-prefix-caching"}
 
 
+def test_as_many_workers_compute_as_are_started_here_unless_more_may_come() -> None:
+    assert (config().workers, config().max_groups) == (1, 1)
+    assert (config("--workers", "3").workers, config("--workers", "3").max_groups) == (3, 3)
+    assert (config("--max-groups", "16").workers, config("--max-groups", "16").max_groups) == (1, 16)
+
+
 def test_a_limit_that_is_given_alone_holds() -> None:
     few = config("--max-step-tokens", "32")
     assert few.core.max_step_tokens == 32 and "--max-batch-rows" not in few.worker_options
@@ -100,12 +106,22 @@ def test_the_worker_gets_its_options() -> None:
     assert "--kv-memory-gib" not in given
 
 
+def test_a_worker_is_deterministic_when_that_was_asked_for() -> None:
+    assert config("--deterministic").worker_options.count("--deterministic") == 1
+    assert "--deterministic" not in config().worker_options
+    with pytest.raises(ValueError, match="--deterministic is for workers, and with --inner-address none starts here"):
+        config("--deterministic", "--inner-address", "tcp://h:1", "--inner-keys", "k")
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [
         ("--max-batch-rows 100 --max-step-tokens 50", "--max-batch-rows 100 is more than --max-step-tokens 50"),
         ("--static-batch-size 65 --max-batch-rows 64", "--static-batch-size 65 is more than --max-batch-rows 64"),
         ("--num-blocks 5 --kv-memory-gib 1", "both say how large"),
+        ("--workers 3 --max-groups 2", "--workers 3 is more than --max-groups 2"),
+        ("--workers 2 --inner-address tcp://127.0.0.1:1 --inner-keys d", "start them there, with --max-groups"),
+        ("--standby 1 --max-groups 2", "nobody stands by as long as fewer than --max-groups 2 compute"),
         ("--record-limit-mib 5", "--record FILE"),
         ("--journal-fsync always", "--journal DIR"),
         ("--journal-limit-mib 64", "--journal DIR"),

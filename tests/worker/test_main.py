@@ -135,6 +135,7 @@ def test_options_arrive_in_the_configuration() -> None:
         quantization="int8", weights="random:7",
         num_blocks=9, swap_gib=1.5, max_batch_rows=3, max_step_tokens=44, threads=5, group=2, sim=config.sim,
     )  # fmt: skip
+    assert parse(["--connect", "ipc://x", "--model", "m", "--deterministic"])[0].deterministic and not config.deterministic
     assert config.sim.base_ns == 1 and config.sim.end_chance == 0.5 and config.swap_bytes == 3 << 29
     assert (config.sim.swap_block_ns, config.sim.copy_block_ns, config.sim.host_blocks) == (7, 8, 9)
     assert parse(["--connect", "ipc://x", "--device", "sim"])[0].swap_bytes is None

@@ -23,7 +23,7 @@ from worker import compiled
 from worker.attention.base import AttentionInputs
 from worker.attention.singles import CompiledSingles, GatheredSingles, Queries, Singles, SparseSingles
 
-_MOST_SINGLES = 16  # tokens of a row that are taken one by one
+_MOST_SINGLES = 16
 _PART = 128  # queries of a chunk that are computed together; each part skips what only later ones see
 
 
@@ -49,9 +49,14 @@ class _Plan:
 
 
 class CpuAttention:
-    def __init__(self, ways: Sequence[type[Singles]] = (CompiledSingles, SparseSingles, GatheredSingles)) -> None:
-        """`ways` to compute single queries, the best first; the first that can is taken."""
-        self._ways = ways
+    def __init__(
+        self,
+        ways: Sequence[type[Singles]] = (CompiledSingles, SparseSingles, GatheredSingles),
+        most_singles: float = _MOST_SINGLES,
+    ) -> None:
+        """`ways` to compute single queries, the best first; the first that can is taken. most_singles: tokens of a row that are
+        taken one by one."""
+        self._ways, self._most_singles = ways, most_singles
 
     def write(self, k_TKD: Tensor, v_TKD: Tensor, kv_layer: Tensor, inputs: AttentionInputs) -> None:
         if compiled.fits_cache(kv_layer) and k_TKD.dtype == torch.float32 and k_TKD.numel() <= compiled.MOST:
@@ -74,7 +79,7 @@ class CpuAttention:
         """Into single queries and chunks."""
         count = np.diff(inputs.query_start_cpu)
         assert (count >= 1).all() and (inputs.context_lens_cpu >= count).all()
-        is_chunk = count > _MOST_SINGLES
+        is_chunk = count > self._most_singles
         plan.chunks = [_chunk(int(row), kv_layer, inputs) for row in np.flatnonzero(is_chunk)]
         queries = _queries(np.flatnonzero(~is_chunk), inputs)
         if len(queries.token):

@@ -4,12 +4,17 @@ call. Every one has its twin in torch, which is used where these do not fit: wit
 but for attention, for many rows, which torch divides among threads. (numba's own threads would spin against torch's.)
 
 `load` is called once by a worker on a CPU; until then, and where it finds no numba, nothing here fits.
+
+A loop computes one row after the other, each in the same way: its results do not depend, bit for bit, on which rows there are.
+torch's operations do, in the last digits: what it takes for one row, or at the end of a tensor, is not what it takes for many.
+So a deterministic worker has the loops take all rows, and the activations too.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from types import ModuleType
 
 import numpy as np
@@ -23,22 +28,29 @@ log = logging.getLogger(__name__)
 MOST = 1 << 17  # numbers of an operation: about where two threads of torch's catch up with one loop
 
 _kernels: ModuleType | None = None
+_activations: ModuleType | None = None  # only of a deterministic worker
+_most: float = MOST
 
 
-def load() -> str:
+def load(deterministic: bool = False) -> str:
     """Compiles the loops, or takes them from numba's cache. What was loaded, in words; empty: nothing."""
-    global _kernels
+    global _kernels, _activations, _most
     try:
         from worker.compiled import kernels
     except ImportError:
         return ""
+    unload()
+    if deterministic:
+        from worker.compiled import activations
+
+        _activations, _most = activations, math.inf
     _kernels = kernels
     return f"numba {kernels.VERSION}"
 
 
 def unload() -> None:
-    global _kernels
-    _kernels = None
+    global _kernels, _activations, _most
+    _kernels, _activations, _most = None, None, MOST
 
 
 def is_loaded() -> bool:
@@ -52,8 +64,39 @@ def fits(x: Tensor) -> bool:
         and x.dtype is torch.float32
         and x.device.type == "cpu"
         and x.is_contiguous()
-        and 0 < x.numel() <= MOST
+        and 0 < x.numel() <= _most
     )
+
+
+def activates(x_TF: Tensor) -> bool:
+    """Whether activations are to be computed by loops, and can be."""
+    return _activations is not None and fits(x_TF)
+
+
+def silu_and_mul(gate_up_TF: Tensor) -> Tensor:
+    """As layers.activation.silu_and_mul."""
+    assert _activations is not None
+    out = torch.empty(len(gate_up_TF), gate_up_TF.shape[1] // 2)
+    _share_rows(_activations.silu_and_mul, gate_up_TF, out)
+    return out
+
+
+def gelu(x_TF: Tensor) -> Tensor:
+    """As layers.activation.gelu."""
+    assert _activations is not None
+    out = torch.empty_like(x_TF)
+    _share_rows(_activations.gelu, x_TF, out)
+    return out
+
+
+_LEAST_SHARE = 1 << 14  # numbers of an operation on each thread: some 100 µs
+
+
+def _share_rows(compute: Callable[[np.ndarray, np.ndarray], None], x: Tensor, out: Tensor) -> None:
+    """compute(x, out), which takes row by row, on as many threads as pay."""
+    rows = max(1, _LEAST_SHARE // max(1, out.shape[1]))
+    parts = [(x[at : at + rows].numpy(), out[at : at + rows].numpy()) for at in range(0, len(x), rows)]
+    threads.share(lambda part: compute(*part), parts)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

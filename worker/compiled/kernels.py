@@ -27,7 +27,7 @@ _Rows, _Vector = float32[:, ::1], float32[::1]
 _CACHES = (float32[:, :, :, :, ::1], uint16[:, :, :, :, ::1])  # the latter holds the bits of bfloat16
 
 
-def _compiled(*signatures: Any) -> Callable[[Callable[..., None]], Any]:
+def compiled(*signatures: Any) -> Callable[[Callable[..., None]], Any]:
     def compile_it(function: Callable[..., None]) -> Any:
         options: dict[str, Any] = {"fastmath": _FASTMATH, "error_model": "numpy", "boundscheck": False, "nogil": True}
         try:
@@ -72,7 +72,7 @@ def _put_into(cache_D, at, number):  # type: ignore[no-untyped-def]
     return put
 
 
-@_compiled(void(_Rows, _Vector, float32, _Rows))
+@compiled(void(_Rows, _Vector, float32, _Rows))
 def rms_norm(x_TC, weight_C, eps, out_TC):  # type: ignore[no-untyped-def]
     rows, size = x_TC.shape
     for i in range(rows):
@@ -84,7 +84,7 @@ def rms_norm(x_TC, weight_C, eps, out_TC):  # type: ignore[no-untyped-def]
             out_TC[i, j] = x_TC[i, j] * factor * weight_C[j]
 
 
-@_compiled(void(_Rows, _Rows, _Vector, float32, _Rows))
+@compiled(void(_Rows, _Rows, _Vector, float32, _Rows))
 def add_rms_norm(residual_TC, x_TC, weight_C, eps, out_TC):  # type: ignore[no-untyped-def]
     rows, size = x_TC.shape
     for i in range(rows):
@@ -98,7 +98,7 @@ def add_rms_norm(residual_TC, x_TC, weight_C, eps, out_TC):  # type: ignore[no-u
             out_TC[i, j] = residual_TC[i, j] * factor * weight_C[j]
 
 
-@_compiled(*(void(float32[:, :, :], float32[:, :, :], cache, int64[::1]) for cache in _CACHES))
+@compiled(*(void(float32[:, :, :], float32[:, :, :], cache, int64[::1]) for cache in _CACHES))
 def write(k_TKD, v_TKD, kv_2PKSD, slots_T):  # type: ignore[no-untyped-def]
     rows, kv_heads, size = k_TKD.shape
     block = kv_2PKSD.shape[3]
@@ -112,7 +112,7 @@ def write(k_TKD, v_TKD, kv_2PKSD, slots_T):  # type: ignore[no-untyped-def]
                 _put(values_D, d, v_TKD[i, k, d])
 
 
-@_compiled(*(void(float32[:, :, ::1], _Rows, _Rows, cache, int64[::1], float32[:, :, ::1]) for cache in _CACHES))
+@compiled(*(void(float32[:, :, ::1], _Rows, _Rows, cache, int64[::1], float32[:, :, ::1]) for cache in _CACHES))
 def rotate_and_write(qkv_TAD, cos_TD, sin_TD, kv_2PKSD, slots_T, q_THD):  # type: ignore[no-untyped-def]
     """cos and sin: [T, D / 2]."""
     rows, heads, size = q_THD.shape
@@ -134,7 +134,7 @@ def rotate_and_write(qkv_TAD, cos_TD, sin_TD, kv_2PKSD, slots_T, q_THD):  # type
                 _put(values_D, d, qkv_TAD[i, heads + kv_heads + k, d])
 
 
-@_compiled(void(float32[:, :, ::1], int64, int64, _Vector, float32))
+@compiled(void(float32[:, :, ::1], int64, int64, _Vector, float32))
 def norm_heads(qkv_TAD, first, end, weight_D, eps):  # type: ignore[no-untyped-def]
     """rms_norm over each of the heads `first` to `end` of x, in place."""
     rows, _, size = qkv_TAD.shape
@@ -148,7 +148,7 @@ def norm_heads(qkv_TAD, first, end, weight_D, eps):  # type: ignore[no-untyped-d
                 qkv_TAD[i, h, d] = qkv_TAD[i, h, d] * factor * weight_D[d]
 
 
-@_compiled(void(_Rows, float32, float32, float32, uint8[:, ::1], _Rows))
+@compiled(void(_Rows, float32, float32, float32, uint8[:, ::1], _Rows))
 def quantize_rows(x_TC, levels, zero, least_scale, out_TC, scale_T1):  # type: ignore[no-untyped-def]
     """round(x / scale) + zero; a row with a NaN or an infinity gets the scale NaN."""
     rows, size = x_TC.shape
@@ -231,7 +231,7 @@ def _weigh(weights_S, values_SD, there, sums_D):  # type: ignore[no-untyped-def]
             sums_D[d] += weight * _number(values_SD[s, d])
 
 
-@_compiled(
+@compiled(
     *(
         void(float32[:, :, ::1], cache, int64[:, ::1], int64[::1], float32, float32[:, :, ::1], int64, int64)
         for cache in _CACHES

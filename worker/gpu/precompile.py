@@ -3,6 +3,9 @@ this model will launch, on a machine without a GPU: while an image is built, say
 
 It is the worker's own start that runs here, on CPU tensors, with one layer of random weights of the model's shape; where a
 kernel would be launched it is compiled for the GPU instead. So what is compiled is what will be looked for.
+
+With --stubs the cache also holds the C that Triton compiles when it first launches a kernel, so that the worker's machine needs
+no compiler; this one needs it, and something called libcuda.so.1 in TRITON_LIBCUDA_PATH and LD_LIBRARY_PATH to link with.
 """
 
 from __future__ import annotations
@@ -66,12 +69,17 @@ def compile_all(model_dir: Path, options: argparse.Namespace) -> set[str]:
 
     names: set[str] = set()
     launch = JITFunction.run
+    pretended = Driver()
+    make_stub = _stub_maker(pretended) if options.stubs else None
 
     def only_compile(kernel: Any, *args: Any, **kwargs: Any) -> Any:
         names.add(kernel.__name__)
-        return launch(kernel, *args, **(kwargs | {"warmup": True}))
+        compiled = launch(kernel, *args, **(kwargs | {"warmup": True}))
+        if make_stub is not None:
+            make_stub(compiled)
+        return compiled
 
-    driver.set_active(Driver())
+    driver.set_active(pretended)
     JITFunction.run = only_compile
     torch.empty = _zeroed(torch.empty)  # what kernels would have written is read as ids, too
     triton_paged.pretend(Gpu("cuda", options.capability, SMS.get(options.capability, SMS[90])))
@@ -95,6 +103,20 @@ def compile_all(model_dir: Path, options: argparse.Namespace) -> set[str]:
     moves.swap_in(one, one)
     GpuExecutor(loaded, sizes=(1, _ROWS)).close()
     return names
+
+
+def _stub_maker(pretended: Any) -> Callable[[Any], None]:
+    """What builds a compiled kernel's launcher, where Triton will look for it. What all of them share is built at once; since
+    Triton 3.7 that is everything."""
+    from triton.backends.nvidia import driver
+
+    sys.setdlopenflags(os.RTLD_LAZY)  # it is loaded, too, and the driver's functions are not there
+    pretended.utils = driver.CudaUtils()
+
+    def make(compiled: Any) -> None:
+        driver.CudaLauncher(compiled.src, compiled.metadata)
+
+    return make
 
 
 def _zeroed(make: Callable[..., Any]) -> Callable[..., Any]:
@@ -129,6 +151,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--block-size", type=int, default=16, metavar="N", help="as the worker's [16]")
     add("--max-model-len", type=int, default=4096, metavar="N", help="any that the model can; no kernel knows it [4096]")
     add("--max-step-tokens", type=int, default=2048, metavar="N", help="of a long chunk [2048]")
+    add("--stubs", action="store_true", help="also build what Triton would compile with a C compiler at the first launch")
     return parser
 
 

@@ -23,6 +23,7 @@ GFX942 = GPUTarget("hip", "gfx942", 64)
 TARGETS = {"sm_80": SM_80, "sm_90": SM_90, "sm_100": SM_100, "gfx942": GFX942}
 
 _ALIGNED = [["tt.divisibility", 16]]
+_LISTS_CONSTEXPRS = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 7)  # among what it says of a launch's arguments
 
 
 class Compiled(msgspec.Struct, frozen=True):
@@ -64,6 +65,8 @@ def binary_of(
     for parameter in kernel.params:
         type_, _, multiple = types[parameter.name].partition(":")
         types[parameter.name] = type_
+        if type_ == "constexpr" and _LISTS_CONSTEXPRS:
+            attributes[(parameter.num,)] = []
         if type_ in ("constexpr", "fp32") or parameter.do_not_specialize:
             continue
         is_aligned = multiple == "16" or type_.startswith("*")

@@ -31,7 +31,7 @@ class Head(nn.Module):
             weight_VC = embedding.table.detach().to(weights.dtype)
         else:
             weight_VC = weights.take(f"{name}.weight", *embedding.table.shape)
-        self._product = product(weight_VC, None, weights.quantization)
+        self._product = product(weight_VC, None, weights.quantization, weights.deterministic)
 
     def forward(self, x_NC: Tensor) -> Tensor:
         return self._product(x_NC).float()

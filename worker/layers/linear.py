@@ -18,7 +18,7 @@ class Linear(nn.Module):
         super().__init__()
         weight_OI = weights.stack({f"{name}.weight": rows for name, rows in parts.items()}, num_inputs)
         bias_O = weights.stack({f"{name}.bias": rows for name, rows in parts.items()}) if bias else None
-        self._product = product(weight_OI, bias_O, weights.quantization)
+        self._product = product(weight_OI, bias_O, weights.quantization, weights.deterministic)
 
     def forward(self, x_TI: Tensor) -> Tensor:
         return self._product(x_TI)

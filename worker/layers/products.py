@@ -9,7 +9,8 @@ Legend: T rows of activations, I inputs, O outputs.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -25,9 +26,12 @@ _FEWEST_ROWS = 4  # fewer are padded: oneDNN takes longer for one or two rows th
 _LEAST_SCALE = 1e-30  # of a row of zeros
 
 
-def product(weight_OI: Tensor, bias_O: Tensor | None, quantization: str) -> Product:
-    """The fastest that this device has for the matrix; the tensor is not kept where a packed one takes its place."""
+def product(weight_OI: Tensor, bias_O: Tensor | None, quantization: str, deterministic: bool = False) -> Product:
+    """The fastest that this device has for the matrix; the tensor is not kept where a packed one takes its place.
+    deterministic: the fastest whose rows do not depend on one another, bit for bit."""
     assert quantization in QUANTIZATIONS
+    if deterministic:
+        return TiledProduct(weight_OI, bias_O, quantization)
     if quantization == "int8":
         return Int8Product(weight_OI, bias_O)
     if weight_OI.device.type == "cpu" and can_pack(weight_OI.dtype):
@@ -69,6 +73,59 @@ class PackedProduct:
             x_TI = F.pad(x_TI, (0, 0, 0, _FEWEST_ROWS - rows))
         y_TO = torch.ops.mkldnn._linear_pointwise(x_TI, self._packed, self._bias_O, "none", [], "")
         return y_TO[:rows]
+
+
+class TiledProduct:
+    """Any of the others, on tiles of a few fixed sizes, the last one filled up with zeros. By the number of rows a library may
+    choose how it divides a product, and with it the order in which a row's numbers are added up. So only those sizes are taken
+    of which it has been seen, with a matrix of this shape, that they all give a row the same bits, wherever it stands."""
+
+    def __init__(self, weight_OI: Tensor, bias_O: Tensor | None, quantization: str) -> None:
+        """The bias is added behind the product: one rounding a number, in any company."""
+        self._product, self._bias_O = product(weight_OI, None, quantization), bias_O
+        seen = (type(self._product), weight_OI.shape, weight_OI.dtype, torch.get_num_threads())
+        if seen not in _agreeing:
+            _agreeing[seen] = _agreeing_sizes(self._product, weight_OI.shape[1], weight_OI.dtype)
+        self._sizes = _agreeing[seen]
+
+    def __call__(self, x_TI: Tensor) -> Tensor:
+        tiles = [self._product(_filled_up(x_TI[at:end], size)) for at, end, size in _tiles(len(x_TI), self._sizes)]
+        y_TO = (tiles[0] if len(tiles) == 1 else torch.cat(tiles))[: len(x_TI)]
+        return y_TO if self._bias_O is None else y_TO.add_(self._bias_O)
+
+
+TILES = (4, 8, 16, 24, 32, 48, 64)  # rows; with twice as many a row takes no less time
+
+_ALIGNED = 64  # bytes
+_agreeing: dict[tuple[Any, ...], tuple[int, ...]] = {}  # by kind of product, shape, dtype and threads
+
+
+def _agreeing_sizes(multiply: Product, num_inputs: int, dtype: torch.dtype) -> tuple[int, ...]:
+    """The largest of TILES, and those others that give each row what it gives."""
+    most = TILES[-1]
+    x_TI = torch.randn(2 * most, num_inputs, generator=torch.Generator().manual_seed(0)).to(dtype)
+    y_TO = torch.cat((multiply(x_TI[:most]), multiply(x_TI[most:])))
+
+    def agrees(size: int) -> bool:
+        begins = (0, 3, most - 1)  # other rows at other places
+        return all(torch.equal(multiply(x_TI[at : at + size].clone()), y_TO[at : at + size]) for at in begins)
+
+    return (*filter(agrees, TILES[:-1]), most)
+
+
+def _tiles(rows: int, sizes: Sequence[int]) -> Iterator[tuple[int, int, int]]:
+    """(first, end, size of the tile): the largest, and for the rest the smallest that holds it. One at least."""
+    for at in range(0, max(rows, 1), sizes[-1]):
+        end = min(at + sizes[-1], rows)
+        yield at, end, next(size for size in sizes if size >= end - at)
+
+
+def _filled_up(x_TI: Tensor, rows: int) -> Tensor:
+    """In memory as torch lays out a tensor of its own: how a product is divided may depend on that too."""
+    if len(x_TI) < rows:
+        return F.pad(x_TI, (0, 0, 0, rows - len(x_TI)))
+    as_it_lies = x_TI.is_contiguous() and x_TI.data_ptr() % _ALIGNED == 0
+    return x_TI if as_it_lies else x_TI.contiguous().clone()
 
 
 class Int8Product:

@@ -68,17 +68,19 @@ def load_model(
     max_model_len: int | None,
     quantization: str = "none",
     weights: str = STORED,
+    deterministic: bool = False,
 ) -> tuple[Model, ModelConfig]:
     """Reads config.json and the safetensors files of a directory. dtype None: the checkpoint's own. quantization "int8": of
     the matrices that are multiplied with (layers.products), on a CPU only. weights "random:SEED": none are read.
+    deterministic: rows do not depend on one another, bit for bit; needs compiled.load(deterministic=True).
 
     Raises ModelError (ModelConfigError, CheckpointError): one line naming the file and the tensor or setting.
     """
     config = ModelConfig.read(model_dir, max_model_len)
     if weights != STORED:
         made = getattr(torch, config.dtype or "float32") if dtype is None else dtype
-        return build(config, RandomWeights(random_seed(weights), device, made, quantization)), config
-    with Checkpoint(model_dir, device, dtype or config.dtype, quantization) as checkpoint:
+        return build(config, RandomWeights(random_seed(weights), device, made, quantization, deterministic)), config
+    with Checkpoint(model_dir, device, dtype or config.dtype, quantization, deterministic=deterministic) as checkpoint:
         model = build(config, checkpoint)
         checkpoint.check_all_taken()
     return model, config

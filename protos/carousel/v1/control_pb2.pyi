@@ -519,6 +519,7 @@ class RequestSummary(_message.Message):
     OUTPUT_TOKENS_FIELD_NUMBER: _builtins.int
     NUM_OUTPUTS_FIELD_NUMBER: _builtins.int
     HELD_BLOCKS_FIELD_NUMBER: _builtins.int
+    GROUP_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """The request's id."""
     state: Global___RequestState.ValueType
@@ -537,6 +538,8 @@ class RequestSummary(_message.Message):
     """Outputs that it asked for."""
     held_blocks: _builtins.int
     """Blocks in its tables; a block that outputs share counts for each of them."""
+    group: _builtins.int
+    """Worker group that it waits in or runs in, from 0."""
     def __init__(
         self,
         *,
@@ -549,10 +552,11 @@ class RequestSummary(_message.Message):
         output_tokens: _builtins.int = ...,
         num_outputs: _builtins.int = ...,
         held_blocks: _builtins.int = ...,
+        group: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["arrival_ns", b"arrival_ns", "held_blocks", b"held_blocks", "num_outputs", b"num_outputs", "output_tokens", b"output_tokens", "priority", b"priority", "prompt_tokens", b"prompt_tokens", "request_id", b"request_id", "state", b"state", "tenant", b"tenant"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["arrival_ns", b"arrival_ns", "group", b"group", "held_blocks", b"held_blocks", "num_outputs", b"num_outputs", "output_tokens", b"output_tokens", "priority", b"priority", "prompt_tokens", b"prompt_tokens", "request_id", b"request_id", "state", b"state", "tenant", b"tenant"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -610,6 +614,7 @@ class ExplainRequestResponse(_message.Message):
     TIMING_FIELD_NUMBER: _builtins.int
     FINISH_REASON_FIELD_NUMBER: _builtins.int
     TEXT_FIELD_NUMBER: _builtins.int
+    GROUP_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """The request's id."""
     state: Global___RequestState.ValueType
@@ -644,6 +649,8 @@ class ExplainRequestResponse(_message.Message):
     """Why it ended. Absent while it is alive."""
     text: _builtins.str
     """All of it in a sentence or two, for people."""
+    group: _builtins.int
+    """Worker group that it waits in or runs in, or ended in, from 0."""
     @_builtins.property
     def preemptions(self) -> _containers.RepeatedCompositeFieldContainer[Global___Preemption]:
         """Each time that it had to leave the batch, in order."""
@@ -679,10 +686,11 @@ class ExplainRequestResponse(_message.Message):
         timing: _generation_pb2.Timing | None = ...,
         finish_reason: _generation_pb2.FinishReason.ValueType | None = ...,
         text: _builtins.str = ...,
+        group: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_finish_reason", b"_finish_reason", "_predicted_start_ns", b"_predicted_start_ns", "finish_reason", b"finish_reason", "predicted_start_ns", b"predicted_start_ns", "timing", b"timing", "usage", b"usage"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_finish_reason", b"_finish_reason", "_predicted_start_ns", b"_predicted_start_ns", "arrival_ns", b"arrival_ns", "computed_tokens", b"computed_tokens", "finish_reason", b"finish_reason", "hindrance", b"hindrance", "least_tenant_tokens", b"least_tenant_tokens", "missing_blocks", b"missing_blocks", "missing_rows", b"missing_rows", "needed_blocks", b"needed_blocks", "now_ns", b"now_ns", "predicted_start_ns", b"predicted_start_ns", "preemptions", b"preemptions", "priority", b"priority", "rank", b"rank", "request_id", b"request_id", "state", b"state", "tenant", b"tenant", "tenant_tokens", b"tenant_tokens", "text", b"text", "timing", b"timing", "usage", b"usage"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_finish_reason", b"_finish_reason", "_predicted_start_ns", b"_predicted_start_ns", "arrival_ns", b"arrival_ns", "computed_tokens", b"computed_tokens", "finish_reason", b"finish_reason", "group", b"group", "hindrance", b"hindrance", "least_tenant_tokens", b"least_tenant_tokens", "missing_blocks", b"missing_blocks", "missing_rows", b"missing_rows", "needed_blocks", b"needed_blocks", "now_ns", b"now_ns", "predicted_start_ns", b"predicted_start_ns", "preemptions", b"preemptions", "priority", b"priority", "rank", b"rank", "request_id", b"request_id", "state", b"state", "tenant", b"tenant", "tenant_tokens", b"tenant_tokens", "text", b"text", "timing", b"timing", "usage", b"usage"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__finish_reason: _TypeAlias = _typing.Literal["finish_reason"]  # noqa: Y015
     _WhichOneofArgType__finish_reason: _TypeAlias = _typing.Literal["_finish_reason", b"_finish_reason"]  # noqa: Y015
@@ -818,20 +826,29 @@ class ReplaceWorkerRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     DEVICE_FIELD_NUMBER: _builtins.int
+    GROUP_FIELD_NUMBER: _builtins.int
     device: _builtins.str
     """Where the new worker computes: auto, cpu, cuda or sim. Default: where the server was told to."""
+    group: _builtins.int
+    """Worker group whose worker is replaced, from 0. Default: the first that has one."""
     def __init__(
         self,
         *,
         device: _builtins.str | None = ...,
+        group: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_device", b"_device", "device", b"device"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_device", b"_device", "_group", b"_group", "device", b"device", "group", b"group"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_device", b"_device", "device", b"device"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_device", b"_device", "_group", b"_group", "device", b"device", "group", b"group"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__device: _TypeAlias = _typing.Literal["device"]  # noqa: Y015
     _WhichOneofArgType__device: _TypeAlias = _typing.Literal["_device", b"_device"]  # noqa: Y015
+    _WhichOneofReturnType__group: _TypeAlias = _typing.Literal["group"]  # noqa: Y015
+    _WhichOneofArgType__group: _TypeAlias = _typing.Literal["_group", b"_group"]  # noqa: Y015
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__device) -> _WhichOneofReturnType__device | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__group) -> _WhichOneofReturnType__group | None: ...
 
 Global___ReplaceWorkerRequest: _TypeAlias = ReplaceWorkerRequest  # noqa: Y015
 

@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19\x63\x61rousel/v1/inspect.proto\x12\x0b\x63\x61rousel.v1\"\x13\n\x11WatchStepsRequest\"\xb8\x03\n\x12WatchStepsResponse\x12\x0f\n\x07step_id\x18\x01 \x01(\x04\x12\r\n\x05group\x18\x02 \x01(\r\x12\x12\n\nplanned_ns\x18\x03 \x01(\x04\x12\x13\n\x0b\x64uration_ns\x18\x04 \x01(\x04\x12\"\n\x04rows\x18\x05 \x03(\x0b\x32\x14.carousel.v1.StepRow\x12&\n\x06leaves\x18\x06 \x03(\x0b\x32\x16.carousel.v1.StepLeave\x12\x13\n\x0bheld_blocks\x18\x07 \x01(\r\x12\x14\n\x0ctotal_blocks\x18\x08 \x01(\r\x12\x11\n\tkv_tokens\x18\t \x01(\x04\x12\x18\n\x10waiting_requests\x18\n \x01(\r\x12\x15\n\rskipped_steps\x18\x0b \x01(\r\x12\x15\n\rcached_blocks\x18\x0c \x01(\r\x12\x13\n\x0b\x66ree_blocks\x18\r \x01(\r\x12\x14\n\x0ctoken_budget\x18\x0e \x01(\r\x12\x15\n\rcopied_blocks\x18\x0f \x01(\r\x12\x1a\n\x12swapped_out_blocks\x18\x10 \x01(\r\x12\x19\n\x11swapped_in_blocks\x18\x11 \x01(\r\x12\x0e\n\x06policy\x18\x12 \x01(\t\"\xae\x01\n\x07StepRow\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0c\n\x04slot\x18\x02 \x01(\r\x12\x12\n\nnum_tokens\x18\x03 \x01(\r\x12\x0f\n\x07sampled\x18\x04 \x01(\x08\x12\x0e\n\x06joined\x18\x05 \x01(\x08\x12\x0f\n\x07padding\x18\x06 \x01(\x08\x12\x14\n\x0coutput_index\x18\x07 \x01(\r\x12\x0e\n\x06tenant\x18\x08 \x01(\t\x12\x15\n\rcached_tokens\x18\t \x01(\r\"/\n\tStepLeave\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0e\n\x06reason\x18\x02 \x01(\t\"\x17\n\x15GetBlockTablesRequest\"\xe8\x01\n\x16GetBlockTablesResponse\x12\r\n\x05group\x18\x01 \x01(\r\x12\x12\n\nblock_size\x18\x02 \x01(\r\x12\x12\n\nnum_blocks\x18\x03 \x01(\r\x12\'\n\x06tables\x18\x04 \x03(\x0b\x32\x17.carousel.v1.BlockTable\x12\x12\n\nref_counts\x18\x05 \x03(\r\x12\'\n\x06states\x18\x06 \x03(\x0e\x32\x17.carousel.v1.BlockState\x12\x17\n\x0fnum_host_blocks\x18\x07 \x01(\r\x12\x18\n\x10held_host_blocks\x18\x08 \x01(\r\"m\n\nBlockTable\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x14\n\x0coutput_index\x18\x02 \x01(\r\x12\x0c\n\x04slot\x18\x03 \x01(\r\x12\x17\n\x0f\x63omputed_tokens\x18\x04 \x01(\r\x12\x0e\n\x06\x62locks\x18\x05 \x03(\r*\x87\x01\n\nBlockState\x12\x1b\n\x17\x42LOCK_STATE_UNSPECIFIED\x10\x00\x12\x14\n\x10\x42LOCK_STATE_FREE\x10\x01\x12\x14\n\x10\x42LOCK_STATE_HELD\x10\x02\x12\x18\n\x14\x42LOCK_STATE_RETIRING\x10\x03\x12\x16\n\x12\x42LOCK_STATE_CACHED\x10\x04\x32\xb5\x01\n\x07Inspect\x12O\n\nWatchSteps\x12\x1e.carousel.v1.WatchStepsRequest\x1a\x1f.carousel.v1.WatchStepsResponse0\x01\x12Y\n\x0eGetBlockTables\x12\".carousel.v1.GetBlockTablesRequest\x1a#.carousel.v1.GetBlockTablesResponseB5\n\x0b\x63\x61rousel.v1B\x0cInspectProtoP\x01Z\x16\x63\x61rousel/v1;carouselv1b\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19\x63\x61rousel/v1/inspect.proto\x12\x0b\x63\x61rousel.v1\"\x13\n\x11WatchStepsRequest\"\xb8\x03\n\x12WatchStepsResponse\x12\x0f\n\x07step_id\x18\x01 \x01(\x04\x12\r\n\x05group\x18\x02 \x01(\r\x12\x12\n\nplanned_ns\x18\x03 \x01(\x04\x12\x13\n\x0b\x64uration_ns\x18\x04 \x01(\x04\x12\"\n\x04rows\x18\x05 \x03(\x0b\x32\x14.carousel.v1.StepRow\x12&\n\x06leaves\x18\x06 \x03(\x0b\x32\x16.carousel.v1.StepLeave\x12\x13\n\x0bheld_blocks\x18\x07 \x01(\r\x12\x14\n\x0ctotal_blocks\x18\x08 \x01(\r\x12\x11\n\tkv_tokens\x18\t \x01(\x04\x12\x18\n\x10waiting_requests\x18\n \x01(\r\x12\x15\n\rskipped_steps\x18\x0b \x01(\r\x12\x15\n\rcached_blocks\x18\x0c \x01(\r\x12\x13\n\x0b\x66ree_blocks\x18\r \x01(\r\x12\x14\n\x0ctoken_budget\x18\x0e \x01(\r\x12\x15\n\rcopied_blocks\x18\x0f \x01(\r\x12\x1a\n\x12swapped_out_blocks\x18\x10 \x01(\r\x12\x19\n\x11swapped_in_blocks\x18\x11 \x01(\r\x12\x0e\n\x06policy\x18\x12 \x01(\t\"\xae\x01\n\x07StepRow\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0c\n\x04slot\x18\x02 \x01(\r\x12\x12\n\nnum_tokens\x18\x03 \x01(\r\x12\x0f\n\x07sampled\x18\x04 \x01(\x08\x12\x0e\n\x06joined\x18\x05 \x01(\x08\x12\x0f\n\x07padding\x18\x06 \x01(\x08\x12\x14\n\x0coutput_index\x18\x07 \x01(\r\x12\x0e\n\x06tenant\x18\x08 \x01(\t\x12\x15\n\rcached_tokens\x18\t \x01(\r\"/\n\tStepLeave\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0e\n\x06reason\x18\x02 \x01(\t\"5\n\x15GetBlockTablesRequest\x12\x12\n\x05group\x18\x01 \x01(\rH\x00\x88\x01\x01\x42\x08\n\x06_group\"\xe8\x01\n\x16GetBlockTablesResponse\x12\r\n\x05group\x18\x01 \x01(\r\x12\x12\n\nblock_size\x18\x02 \x01(\r\x12\x12\n\nnum_blocks\x18\x03 \x01(\r\x12\'\n\x06tables\x18\x04 \x03(\x0b\x32\x17.carousel.v1.BlockTable\x12\x12\n\nref_counts\x18\x05 \x03(\r\x12\'\n\x06states\x18\x06 \x03(\x0e\x32\x17.carousel.v1.BlockState\x12\x17\n\x0fnum_host_blocks\x18\x07 \x01(\r\x12\x18\n\x10held_host_blocks\x18\x08 \x01(\r\"m\n\nBlockTable\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x14\n\x0coutput_index\x18\x02 \x01(\r\x12\x0c\n\x04slot\x18\x03 \x01(\r\x12\x17\n\x0f\x63omputed_tokens\x18\x04 \x01(\r\x12\x0e\n\x06\x62locks\x18\x05 \x03(\r*\x87\x01\n\nBlockState\x12\x1b\n\x17\x42LOCK_STATE_UNSPECIFIED\x10\x00\x12\x14\n\x10\x42LOCK_STATE_FREE\x10\x01\x12\x14\n\x10\x42LOCK_STATE_HELD\x10\x02\x12\x18\n\x14\x42LOCK_STATE_RETIRING\x10\x03\x12\x16\n\x12\x42LOCK_STATE_CACHED\x10\x04\x32\xb5\x01\n\x07Inspect\x12O\n\nWatchSteps\x12\x1e.carousel.v1.WatchStepsRequest\x1a\x1f.carousel.v1.WatchStepsResponse0\x01\x12Y\n\x0eGetBlockTables\x12\".carousel.v1.GetBlockTablesRequest\x1a#.carousel.v1.GetBlockTablesResponseB5\n\x0b\x63\x61rousel.v1B\x0cInspectProtoP\x01Z\x16\x63\x61rousel/v1;carouselv1b\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -32,8 +32,8 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'carousel.v1.inspect_pb2', _
 if not _descriptor._USE_C_DESCRIPTORS:
   _globals['DESCRIPTOR']._loaded_options = None
   _globals['DESCRIPTOR']._serialized_options = b'\n\013carousel.v1B\014InspectProtoP\001Z\026carousel/v1;carouselv1'
-  _globals['_BLOCKSTATE']._serialized_start=1104
-  _globals['_BLOCKSTATE']._serialized_end=1239
+  _globals['_BLOCKSTATE']._serialized_start=1134
+  _globals['_BLOCKSTATE']._serialized_end=1269
   _globals['_WATCHSTEPSREQUEST']._serialized_start=42
   _globals['_WATCHSTEPSREQUEST']._serialized_end=61
   _globals['_WATCHSTEPSRESPONSE']._serialized_start=64
@@ -43,11 +43,11 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_STEPLEAVE']._serialized_start=683
   _globals['_STEPLEAVE']._serialized_end=730
   _globals['_GETBLOCKTABLESREQUEST']._serialized_start=732
-  _globals['_GETBLOCKTABLESREQUEST']._serialized_end=755
-  _globals['_GETBLOCKTABLESRESPONSE']._serialized_start=758
-  _globals['_GETBLOCKTABLESRESPONSE']._serialized_end=990
-  _globals['_BLOCKTABLE']._serialized_start=992
-  _globals['_BLOCKTABLE']._serialized_end=1101
-  _globals['_INSPECT']._serialized_start=1242
-  _globals['_INSPECT']._serialized_end=1423
+  _globals['_GETBLOCKTABLESREQUEST']._serialized_end=785
+  _globals['_GETBLOCKTABLESRESPONSE']._serialized_start=788
+  _globals['_GETBLOCKTABLESRESPONSE']._serialized_end=1020
+  _globals['_BLOCKTABLE']._serialized_start=1022
+  _globals['_BLOCKTABLE']._serialized_end=1131
+  _globals['_INSPECT']._serialized_start=1272
+  _globals['_INSPECT']._serialized_end=1453
 # @@protoc_insertion_point(module_scope)

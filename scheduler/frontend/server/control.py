@@ -174,7 +174,7 @@ class Control(ControlServicer):
         device = request.device
         if request.HasField("device") and device not in _DEVICES:
             raise InvalidFieldError("device", f"must be one of {', '.join(_DEVICES)}, not {device!r}")
-        reply = await self._link.replace_worker(device)
+        reply = await self._link.replace_worker(device, request.group if request.HasField("group") else -1)
         if reply.error:
             raise NotReplacedError(reply.error)
         return pb.ReplaceWorkerResponse(pid=reply.pid, epoch=reply.epoch)
@@ -213,6 +213,7 @@ def _request(summary: RequestSummary, started_ns: int) -> pb.RequestSummary:
         output_tokens=summary.num_output_tokens,
         num_outputs=summary.num_outputs,
         held_blocks=summary.held_blocks,
+        group=summary.group,
     )
 
 
@@ -244,6 +245,7 @@ def _explanation(told: Explanation, started_ns: int) -> pb.ExplainRequestRespons
         usage=usage(told.stats),
         timing=timing(told.stats),
         text=told.text,
+        group=told.group,
     )
     if told.predicted_start_ns >= 0:
         response.predicted_start_ns = max(0, told.predicted_start_ns - started_ns)

@@ -1,4 +1,4 @@
-"""grpc.health.v1: SERVING exactly while a worker is ready and the server is not draining."""
+"""grpc.health.v1: SERVING exactly while a worker is ready and the server is not draining; `liveness` SERVING until it stops."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from scheduler.frontend.core_link import CoreLink
 
 SERVING = health_pb2.HealthCheckResponse.SERVING
 NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
+LIVENESS = "liveness"  # no service of ours: who asks for it wants to know whether to start this process again
 
 
 class Health(health.aio.HealthServicer):  # type: ignore[misc]
@@ -26,6 +27,7 @@ class Health(health.aio.HealthServicer):  # type: ignore[misc]
         serving = facts is not None and facts.ready and not facts.draining
         for service in self._services:
             await self.set(service, SERVING if serving else NOT_SERVING)
+        await self.set(LIVENESS, SERVING)
 
     async def follow(self) -> None:
         """Tells after each change of the facts; runs until it is cancelled."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from carousel.v1 import inspect_pb2 as pb
 from carousel.v1.inspect_pb2_grpc import InspectServicer
+from scheduler.errors import InvalidFieldError
 from scheduler.frontend.callers import clear_id
 from scheduler.frontend.core_link import CoreLink
 from scheduler.frontend.server.authentication import caller
@@ -31,7 +32,11 @@ class Inspect(InspectServicer):
 
     @answers_with_status
     async def GetBlockTables(self, request: pb.GetBlockTablesRequest, context: Context) -> pb.GetBlockTablesResponse:
-        return _tables(await self._link.block_tables())
+        group = request.group
+        reply = await self._link.block_tables(group)
+        if request.HasField("group") and reply.header.group != group:
+            raise InvalidFieldError("group", f"{group} is none of the worker groups that there are")
+        return _tables(reply)
 
 
 def _response(record: StepRecord, skipped: int) -> pb.WatchStepsResponse:

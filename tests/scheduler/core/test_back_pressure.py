@@ -199,6 +199,20 @@ def test_stopped_readers_of_the_same_class_make_room_for_who_waits_for_a_row(pol
 
 
 @pytest.mark.parametrize("policy", ["continuous", "prefill_first", "static"])
+def test_stopped_readers_make_room_for_whoever_is_next_by_age(policy: str) -> None:
+    """They came before it, and stand aside all the same: else the batch would stand still until one of them reads."""
+    core = driver(unread=2, rows=2, policy=policy, oldest_every=1)
+    for name in "ab":
+        core.accepted([1, 2], 9, request_id=name)
+    steps(core, 4)
+    crowd = [core.accepted([number], 9, request_id=f"new{number}") for number in range(3, 9)]
+    steps(core, 20)
+    assert [len(waiting.got) for waiting in crowd] == [2] * 6
+    core.finish()
+    assert all(len(request.got) == 9 for request in core.requests)
+
+
+@pytest.mark.parametrize("policy", ["continuous", "prefill_first", "static"])
 def test_stopped_readers_of_the_same_class_make_room_for_who_waits_for_blocks(policy: str) -> None:
     core = driver(unread=2, rows=4, num_blocks=8, policy=policy)
     for name in "ab":

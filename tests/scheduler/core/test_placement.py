@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from scheduler.core.placement import GroupLoad, place
+from scheduler.core import CoreConfig
+from scheduler.core.placement import GroupLoad, load_of, place
+from tests.helpers.core_driver import CoreDriver
+from tests.helpers.fake_worker import worker_facts
 
 IDLE = GroupLoad(
     group=0,
@@ -76,3 +79,35 @@ def test_a_group_without_a_free_row_must_save_half_the_prompt() -> None:
 def test_when_all_are_full_the_same_rules_hold() -> None:
     loads = [group(number, running_rows=64, hit_tokens=100 * number, waiting_tokens=50 * number) for number in range(4)]
     assert place(1000, loads) == 3
+
+
+def test_a_group_that_it_does_not_fit_is_none_for_it() -> None:
+    assert place(1000, [group(0, fits=False), group(1, waiting_tokens=10**6)]) == 1
+    assert place(1000, [group(0, fits=False), group(1, connected=False)]) is None
+
+
+def test_a_group_that_looks_for_a_poisoned_request_comes_last() -> None:
+    assert place(100, [group(0, is_tried=True), group(1, waiting_tokens=10**6)]) == 1
+    assert place(100, [group(0, is_tried=True), group(1, connected=False)]) == 0
+
+
+def test_a_core_says_what_it_has_to_do_and_what_it_has_of_a_prompt() -> None:
+    facts = worker_facts(num_blocks=40, block_size=4, max_batch_rows=2)
+    driver = CoreDriver(CoreConfig(max_batch_rows=2, max_step_tokens=8), facts)
+    prompt = list(range(20))
+    first = driver.accepted(prompt, 40, salt="")
+    for _ in range(4):
+        driver.turn()
+    driver.accepted([*prompt, 7], 4, salt="")
+    driver.accepted([5] * 9, 4)
+    driver.plan()
+    digests = driver.core.request(first.request_id).digests
+    load = load_of(driver.core, 20, digests)
+    assert (load.group, load.connected, load.hit_tokens, load.max_rows) == (0, True, 16, 2)
+    assert (load.running_rows, load.waiting_tokens, load.num_blocks) == (2, 9, 40)
+    assert load_of(driver.core, 21, digests).hit_tokens == 20 and load_of(driver.core, 21, b"").hit_tokens == 0
+    driver.lost()
+    after, again = load_of(driver.core, 20, digests), sum(len(each.prompt) + len(each.got) for each in driver.requests[:2])
+    assert not after.connected and after.waiting_tokens == 9 + again and after.running_rows == 0
+    driver.joined()
+    driver.finish()

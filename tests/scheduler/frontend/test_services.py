@@ -201,6 +201,7 @@ def test_health_follows_the_facts(core: FakeCore, frontend: Frontend) -> None:
         core.tell(facts)
         for service in ("", *SERVICES):
             frontend.wait_health(wanted, service)
+        assert health(frontend, "liveness") == SERVING, "no reason to start it again"
 
 
 def test_without_a_worker_requests_are_refused_with_the_reason(core: FakeCore, frontend: Frontend) -> None:

@@ -13,6 +13,7 @@ from worker import compiled
 from worker.attention.base import AttentionInputs
 from worker.attention.cpu import CpuAttention
 from worker.layers import products
+from worker.layers.activation import gelu, silu_and_mul
 from worker.layers.heads import norm_rotate_and_write, rotate_and_write
 from worker.layers.norm import RMSNorm
 
@@ -130,3 +131,26 @@ def test_bfloat16_is_rounded_as_torch_does() -> None:
     compiled.write(values, -values, cache, torch.zeros(1, dtype=torch.int64))
     torch.testing.assert_close(cache[0].flatten(), values.flatten().bfloat16(), rtol=0, atol=0, equal_nan=True)
     torch.testing.assert_close(cache[1].flatten(), -values.flatten().bfloat16(), rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize(("rows", "size"), [(1, 1), (3, 7), (33, 100), (200, 501)])
+def test_a_deterministic_worker_has_loops_for_activations_and_for_any_number_of_rows(rows: int, size: int) -> None:
+    x = random(rows, 2 * size)
+    assert not compiled.activates(x)
+    expected_silu, expected_gelu = silu_and_mul(x), gelu(x)
+    compiled.load(deterministic=True)
+    assert compiled.activates(x) and compiled.fits(torch.empty(2 * compiled.MOST))
+    torch.testing.assert_close(silu_and_mul(x), expected_silu)
+    torch.testing.assert_close(gelu(x), expected_gelu)
+    alone = torch.cat([silu_and_mul(row[None]) for row in x]), torch.cat([gelu(row[None]) for row in x])
+    assert torch.equal(silu_and_mul(x), alone[0]) and torch.equal(gelu(x), alone[1])
+    compiled.load()
+    assert not compiled.activates(x) and not compiled.fits(torch.empty(2 * compiled.MOST))
+
+
+def test_activations_at_the_ends_of_the_range() -> None:
+    compiled.load(deterministic=True)
+    gate = torch.tensor([[-1e30, -100.0, 0.0, 100.0, 1e30, torch.nan, 1.0]])
+    got = silu_and_mul(torch.cat((gate, torch.ones_like(gate)), dim=1))
+    torch.testing.assert_close(got, F.silu(gate), equal_nan=True)
+    torch.testing.assert_close(gelu(gate), F.gelu(gate), equal_nan=True)

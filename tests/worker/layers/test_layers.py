@@ -19,7 +19,7 @@ from worker.weights import CheckpointError
 class InMemory:
     """Weights out of a dictionary."""
 
-    dtype, device, num_parameters = torch.float32, torch.device("cpu"), 0
+    dtype, device, num_parameters, deterministic = torch.float32, torch.device("cpu"), 0, False
 
     def __init__(self, quantization: str = "none", **tensors: Tensor) -> None:
         self.quantization = quantization

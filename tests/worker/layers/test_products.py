@@ -14,10 +14,13 @@ from torch import Tensor
 
 from worker.layers import products
 from worker.layers.products import (
+    QUANTIZATIONS,
+    TILES,
     ZERO,
     Int8Product,
     PackedProduct,
     PlainProduct,
+    TiledProduct,
     can_pack,
     product,
     quantize_rows,
@@ -162,3 +165,45 @@ def test_int8_keeps_the_activations_dtype() -> None:
     got = product(weight, bias, "int8")(x)
     assert got.dtype == torch.bfloat16
     torch.testing.assert_close(got.float(), PlainProduct(weight.float(), bias.float())(x.float()), atol=0.6, rtol=0)
+
+
+# -------------------------------------------------------------------------------------------------------------- in tiles
+
+
+@pytest.mark.parametrize(("outputs", "inputs"), SHAPES)
+@pytest.mark.parametrize("with_bias", [True, False])
+@pytest.mark.parametrize("quantization", QUANTIZATIONS)
+def test_in_tiles_a_row_is_the_same_bits_in_any_company_at_any_place(
+    outputs: int, inputs: int, with_bias: bool, quantization: str
+) -> None:
+    weight, bias, x = case(outputs, inputs, 200)
+    chosen = product(weight, bias if with_bias else None, quantization, deterministic=True)
+    assert isinstance(chosen, TiledProduct)
+    whole = chosen(x)
+    torch.testing.assert_close(whole, product(weight, bias if with_bias else None, quantization)(x), atol=1e-4, rtol=1e-5)
+    for rows in [*ROWS, *TILES, *(size + 1 for size in TILES)]:
+        for at in (0, 1, 31, 200 - rows):
+            if 0 <= at <= 200 - rows:
+                assert torch.equal(chosen(x[at : at + rows]), whole[at : at + rows]), (rows, at)
+    assert torch.equal(chosen(torch.cat((x, x), dim=1)[:, :inputs]), whole), "of wider rows"
+
+
+def test_tiles_that_give_other_bits_are_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes: list[int] = []
+
+    class Choosing(PlainProduct):
+        def __call__(self, x_TI: Tensor) -> Tensor:
+            sizes.append(len(x_TI))
+            each_alone = torch.cat([super(Choosing, self).__call__(row[None]) for row in x_TI])
+            return each_alone * (1 + 2**-20 * (len(x_TI) in (4, 16)))
+
+    monkeypatch.setattr(products, "PackedProduct", Choosing)
+    weight, bias, x = case(48, 96, 150)
+    chosen = product(weight, bias, "none", deterministic=True)
+    sizes.clear()
+    whole = chosen(x)
+    assert sizes == [64, 64, 24]
+    for rows in (0, 1, 3, 5, 9, 17, 33, 64, 65, 81):
+        sizes.clear()
+        assert torch.equal(chosen(x[:rows]), whole[:rows])
+        assert set(sizes) <= {8, 24, 32, 48, 64}
