@@ -6,11 +6,10 @@ Knows requests and messages; no queue, rows, blocks or clock.
 
 from __future__ import annotations
 
-import msgspec
 import numpy as np
 
 from scheduler.core.request import Request, Sequence, State
-from wire import MovedHeader, MovedOutput, MovedRequest
+from wire import MovedHeader, MovedOutput, MovedRequest, Preemption
 from wire.messages import I32
 
 _COLUMNS = tuple(name for name in MovedOutput.__struct_fields__ if name != "preempted_by")
@@ -43,13 +42,17 @@ def _output(sequence: Sequence) -> MovedOutput:
     return MovedOutput(preempted_by=tuple(sequence.preempted_by), **columns)
 
 
+def _copied(preemption: Preemption) -> Preemption:
+    return Preemption(*(getattr(preemption, name) for name in Preemption.__struct_fields__))
+
+
 def sequence_of(request: Request, index: int, sequence_id: int, moved: MovedOutput, tokens: I32, most_unread: int) -> Sequence:
     """The output in its new core. Who was running goes on before who never was; most_unread: tokens that its reader may be
     behind."""
     sequence = Sequence(request, index, sequence_id, moved.order_ns, digests=request.digests)
     for name in _COLUMNS:
         setattr(sequence, name, getattr(moved, name))
-    sequence.preempted_by = [msgspec.structs.replace(preemption) for preemption in moved.preempted_by]  # it is written to
+    sequence.preempted_by = [_copied(preemption) for preemption in moved.preempted_by]  # they are written to
     if moved.end_reason:
         sequence.state = State.ENDED
         return sequence

@@ -146,9 +146,19 @@ def test_plans_before_the_welcome_and_of_another_epoch_or_group_are_dropped(core
     maker.start(1, [1])
     other_group = PlanMaker(FACTS, epoch=2, group=GROUP + 1)
     other_group.start(0, [1])
-    core.send(Welcome(GROUP + 1, 9), early.plan(), other_group.plan(), maker.plan())
+    core.send(early.plan(), other_group.plan(), maker.plan())
     result = result_of(core)
     assert (result.header.epoch, result.header.step_id, result.slots.tolist()) == (2, 0, [1])
+
+
+def test_the_welcome_says_which_group_it_computes_for(core: Core) -> None:
+    before = core.welcome(2)
+    before.start(1, [1])
+    maker = PlanMaker(FACTS, epoch=9, group=GROUP + 1)
+    maker.start(0, [1])
+    core.send(Welcome(GROUP + 1, 9), before.plan(), maker.plan())
+    result = result_of(core)
+    assert (result.header.group, result.header.epoch, result.slots.tolist()) == (GROUP + 1, 9, [0])
 
 
 def test_a_second_welcome_starts_over_with_an_empty_mirror(core: Core) -> None:

@@ -31,9 +31,9 @@ class Recorded:
         self._logits: list[torch.Tensor] = []
         sample = model_executor.sample
 
-        def recording(logits_NV: torch.Tensor, rows: object) -> np.ndarray:
+        def recording(logits_NV: torch.Tensor, *options: object) -> np.ndarray:
             self._logits = list(logits_NV.clone())
-            return sample(logits_NV, rows)
+            return sample(logits_NV, *options)
 
         monkeypatch.setattr(model_executor, "sample", recording)
         self.begin()

@@ -8,7 +8,7 @@ from importlib.util import find_spec
 import pytest
 import torch
 
-from worker import kernels
+from worker import compiled, kernels
 
 if find_spec("triton") is None:
     collect_ignore_glob = ["*"]
@@ -16,6 +16,7 @@ if find_spec("triton") is None:
 
 @pytest.fixture(autouse=True)
 def loaded_kernels() -> Iterator[None]:
+    compiled.unload()
     kernels.load()
     yield
     kernels.unload()
