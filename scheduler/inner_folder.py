@@ -13,15 +13,23 @@ import shutil
 import tempfile
 from pathlib import Path
 
+from scheduler.errors import StartError
+
 _PREFIX, _LOCK = "carousel-inner-", "lock"
+_MOST_BYTES = 107  # of a socket's path (unix(7))
+_LONGEST_NAME = "workers"
 
 
 class InnerFolder:
     """Made at once, of mode 0700."""
 
     def __init__(self) -> None:
+        """Raises StartError."""
         remove_left_ones()
         self.path = Path(tempfile.mkdtemp(prefix=_PREFIX))
+        if len(os.fsencode(self.path / _LONGEST_NAME)) > _MOST_BYTES:
+            self.path.rmdir()
+            raise StartError(f"{tempfile.gettempdir()} is too long a path for sockets: set TMPDIR to a shorter one")
         unnamed = self.path / f".{_LOCK}"  # nobody looks at it before it is held
         self._lock = os.open(unnamed, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         fcntl.flock(self._lock, fcntl.LOCK_EX)

@@ -6,7 +6,8 @@ import asyncio
 import json
 import subprocess
 import sys
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,13 @@ from bench.killable import KillableServer, serving
 
 DEMO = Path(__file__).parents[2] / "demo" / "model"
 SMALL = Size(rounds=1, lanes=8, jobs=8, connections=4)
+
+
+@pytest.fixture
+def folder() -> Iterator[Path]:
+    """A short path, as sockets are made below it."""
+    with tempfile.TemporaryDirectory(prefix="chaos-") as path:
+        yield Path(path)
 
 
 def killed(kinds: Sequence[str], folder: Path, device: str = "sim", size: Size = SMALL) -> Report:
@@ -34,19 +42,19 @@ def assert_nothing_was_noticed(report: Report, kinds: Sequence[str], kills: int)
         assert row.kills == kills and row.requests > 0 and row.stream_pauses_s, row
 
 
-def test_one_death_of_each_process_changes_no_token(tmp_path: Path) -> None:
+def test_one_death_of_each_process_changes_no_token(folder: Path) -> None:
     kinds = ["worker", "frontend", "core", "replace"]
-    assert_nothing_was_noticed(killed(kinds, tmp_path), kinds, 1)
+    assert_nothing_was_noticed(killed(kinds, folder), kinds, 1)
 
 
-def test_a_token_that_differs_from_the_undisturbed_run_makes_it_fail(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_token_that_differs_from_the_undisturbed_run_makes_it_fail(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     async def one_wrong(target: str, jobs: Sequence[Job]) -> list[Stream]:
         streams = await all_once(target, jobs)
         streams[0].witness.tokens()[-1] ^= 1
         return streams
 
     monkeypatch.setattr(chaos, "all_once", one_wrong)
-    report = killed(["none"], tmp_path, size=Size(rounds=1, lanes=4, jobs=1))
+    report = killed(["none"], folder, size=Size(rounds=1, lanes=4, jobs=1))
     assert not report.holds and report.rows["none"].mismatches > 0
 
 
@@ -80,15 +88,15 @@ def test_a_soak_that_is_not_done_in_time_fails(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_two_deaths_of_every_kind_change_no_token(tmp_path: Path) -> None:
+def test_two_deaths_of_every_kind_change_no_token(folder: Path) -> None:
     size = Size(rounds=2, lanes=16, jobs=12)
-    assert_nothing_was_noticed(killed(list(KINDS), tmp_path, size=size), list(KINDS), 2)
+    assert_nothing_was_noticed(killed(list(KINDS), folder, size=size), list(KINDS), 2)
 
 
 @pytest.mark.slow
-def test_the_demo_model_gives_the_same_tokens_whatever_is_killed(tmp_path: Path) -> None:
+def test_the_demo_model_gives_the_same_tokens_whatever_is_killed(folder: Path) -> None:
     kinds = ["worker", "frontend", "core"]
-    assert_nothing_was_noticed(killed(kinds, tmp_path, device="cpu"), kinds, 1)
+    assert_nothing_was_noticed(killed(kinds, folder, device="cpu"), kinds, 1)
 
 
 @pytest.mark.slow
@@ -99,7 +107,7 @@ def test_a_longer_soak_loses_nothing(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
-def test_a_changed_token_is_no_near_tie(temperature: float, tmp_path: Path) -> None:
+def test_a_changed_token_is_no_near_tie(temperature: float, folder: Path) -> None:
     async def verdict() -> near_ties.Verdict:
         job = Job((11, 12, 13, 14), 24, seed=3, temperature=temperature)
         [stream] = await all_once(server.target, [job])
@@ -114,7 +122,7 @@ def test_a_changed_token_is_no_near_tie(temperature: float, tmp_path: Path) -> N
             return await near_ties.judge(client, job, changed, expected)
 
     options = ["--model", str(DEMO), "--device", "cpu", "--dtype", "float32", "--threads", "1"]
-    with KillableServer(options, serving(1, 0), tmp_path) as server:
+    with KillableServer(options, serving(1, 0), folder) as server:
         found = asyncio.run(verdict())
     assert found.ties == () and found.why.startswith("token 9 is ")
     gap = float(found.why.rpartition(" ")[2])

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from scheduler.errors import StartError
 from scheduler.inner_folder import InnerFolder, remove_left_ones
 
 
@@ -47,3 +48,12 @@ def test_folders_of_others_by_that_name_stay(temporary: Path) -> None:
     (temporary / "carousel-inner-being-made").mkdir()
     remove_left_ones()
     assert (temporary / "carousel-inner-being-made").exists()
+
+
+def test_a_path_that_no_socket_may_have_is_said(temporary: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    deep = temporary / ("d" * 100)
+    deep.mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(deep))
+    with pytest.raises(StartError, match="too long a path for sockets: set TMPDIR to a shorter one"):
+        InnerFolder()
+    assert not list(deep.iterdir())
