@@ -197,15 +197,15 @@ def test_nobody_at_the_target_is_an_error_at_once():
 
 def test_when_the_server_is_gone_for_good_no_result_is_lost(carousel, server):
     def answer(request):
-        if request.text == "p3":
-            server.breaks = 1
-            server._server.stop(0)
-        return done(request)
+        if request.text < "p3":
+            return done(request)
+        server._server.stop(0)  # does not wait: an answer might still get out
+        return []
 
     server.answer = answer
     results = carousel.generate([f"p{i}" for i in range(6)], concurrency=1)
     assert [result.text for result in results[:3]] == ["P0", "P1", "P2"]
-    assert all(isinstance(result.error, CarouselError) for result in results[4:])
+    assert all(isinstance(result.error, CarouselError) for result in results[3:])
 
 
 def test_an_error_of_the_prompts_iterator_comes_after_the_results_before_it(carousel):
