@@ -1,4 +1,5 @@
-"""Which worker group computes a request: by prefix affinity, then load. Pure: the groups' own words in, one of them out."""
+"""Which worker group computes a request: by prefix affinity, then load. `place` is pure, the groups' own words in, one of them
+out; `load_of` asks a core for its word."""
 
 from __future__ import annotations
 

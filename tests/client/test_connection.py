@@ -213,3 +213,23 @@ def test_a_tenant_that_no_server_would_take_gets_no_token() -> None:
         ended = command("token", "--tenant", tenant)
         assert (ended.returncode, ended.stdout) == (2, "")
         assert "a tenant is 1 to 128 printable characters, none of them '/'" in ended.stderr
+
+
+class Callers(FakeServer):
+    """Keeps the addresses that calls came from."""
+
+    def __init__(self) -> None:
+        self.peers: set[str] = set()
+        super().__init__()
+
+    def GetLoad(self, request, context):
+        self.peers.add(context.peer())
+        return super().GetLoad(request, context)
+
+
+def test_each_client_has_a_connection_of_its_own():
+    """Front ends share a port by connections: clients of one process would all come to the same one."""
+    with Callers() as server, CarouselClient(server.target) as one, CarouselClient(server.target) as other:
+        for each in (one, other, one):
+            each.load()
+        assert len(server.peers) == 2
