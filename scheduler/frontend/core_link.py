@@ -139,6 +139,7 @@ class CoreLink:
         self._socket.setsockopt(zmq.HEARTBEAT_IVL, _HEARTBEAT_MS)
         self._monitor = self._socket.get_monitor_socket(zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED)
         self._receive_scheduled = False
+        self._is_connected = False  # else nothing is sent: the core hears FrontendHello before all else
         self._outlets: dict[int, Outlet] = {}  # by handle
         self._last_handle = 0
         self._credits: dict[int, int] = {}  # tokens by handle, to be told
@@ -296,12 +297,14 @@ class CoreLink:
         return reply
 
     def _send(self, message: Message) -> None:
+        """Raises UnavailableError, also when the connection breaks at this very moment."""
         self._schedule_receive()
-        events = self._socket.getsockopt(zmq.EVENTS)  # sending alone may not have noticed a new connection
-        assert isinstance(events, int)
-        if not events & zmq.POLLOUT:
-            raise UnavailableError("the scheduler core is not connected", retry_after_ns=_CORE_AGAIN_NS)
-        self._socket.send_multipart(encode(message), zmq.NOBLOCK, copy=False)
+        if self._is_connected:
+            self._socket.getsockopt(zmq.EVENTS)  # sending alone may not have noticed a new connection
+            with contextlib.suppress(zmq.Again):
+                self._socket.send_multipart(encode(message), zmq.NOBLOCK, copy=False)
+                return
+        raise UnavailableError("the scheduler core is not connected", retry_after_ns=_CORE_AGAIN_NS)
 
     def _tell(self, message: Message) -> None:
         """Sends what needs no telling to a core that is gone."""
@@ -434,8 +437,9 @@ class CoreLink:
                 event = parse_monitor_message(self._monitor.recv_multipart(zmq.NOBLOCK))["event"]
             except zmq.ZMQError:
                 return
-            if event == zmq.EVENT_HANDSHAKE_SUCCEEDED:
-                self._send(FrontendHello(os.getpid()))
+            self._is_connected = event == zmq.EVENT_HANDSHAKE_SUCCEEDED
+            if self._is_connected:
+                self._tell(FrontendHello(os.getpid()))
             else:
                 while self._read(_BURST):  # what it said before it went
                     pass

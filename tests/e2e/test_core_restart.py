@@ -44,12 +44,13 @@ def shared(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
 
 
 @pytest.fixture
-def server(shared: Server) -> Server:
-    """Ready again after what the test before has done to it, and idle."""
+def server(shared: Server) -> Iterator[Server]:
+    """Ready again after what the test before has done to it, and idle. Its log is shown when the test fails."""
     assert eventually(lambda: nothing_is_held(shared), PATIENCE_S), shared.log()
     with CarouselClient(shared.target) as client:
         client.wait_ready(PATIENCE_S)
-    return shared
+    yield shared
+    print(shared.log())
 
 
 class Load:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
+import zmq
 
 from scheduler.errors import RequestError, UnavailableError
 from scheduler.frontend.core_link import CoreLink
@@ -20,6 +23,7 @@ from wire import (
     AddRequest,
     Credit,
     EndReason,
+    FrontendHello,
     Message,
     OutputEnded,
     Refused,
@@ -30,6 +34,8 @@ from wire import (
     SamplingSpec,
     TokenBatch,
     TokenBatchHeader,
+    decode,
+    encode,
 )
 
 LAST = 2**32 - 1
@@ -115,6 +121,77 @@ def test_a_request_is_aborted_once_by_its_first_handle(tmp_path: Path) -> None:
         assert said[1:] == [AbortRequest(stream.outlets[0].handle)]
 
     with_link(tmp_path, act)
+
+
+# ---------------------------------------------------------------------------------------------------------- connection
+
+
+class BreakingSocket:
+    """Its connection breaks while a message is sent: after the first part, or before it."""
+
+    def __init__(self, socket: zmq.Socket[bytes], break_it: Callable[[], None], after_first: bool) -> None:
+        self._socket, self._break_it, self._after_first = socket, break_it, after_first
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self._socket, name)
+
+    def send_multipart(self, parts: list[bytes], flags: int, copy: bool) -> None:
+        if self._after_first:
+            self._socket.send(parts[0], flags | zmq.SNDMORE)
+            parts = parts[1:]
+        self._break_it()
+        self._socket.send_multipart(parts, flags, copy=copy)
+
+
+@pytest.mark.parametrize("after_first", [False, True])
+def test_a_connection_that_breaks_while_something_is_sent_is_unavailable_and_the_next_core_hears_all(
+    after_first: bool, tmp_path: Path
+) -> None:
+    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+    endpoint = f"ipc://{tmp_path}/core"
+
+    def core() -> zmq.Socket[bytes]:
+        socket = context.socket(zmq.ROUTER)
+        socket.setsockopt(zmq.LINGER, 0)
+        socket.setsockopt(zmq.RCVTIMEO, 10_000)
+        socket.bind(endpoint)
+        return socket
+
+    async def heard(socket: zmq.Socket[bytes]) -> list[bytes]:
+        return (await asyncio.to_thread(socket.recv_multipart))[1:]
+
+    async def run() -> None:
+        first, link = core(), CoreLink(endpoint)
+        try:
+            assert await heard(first) == encode(FrontendHello(os.getpid()))
+            whole = link._socket
+
+            def break_it() -> None:
+                first.close()
+                assert link._monitor.poll(10_000)
+                time.sleep(0.2)  # its thread tells the socket a moment later
+
+            link._socket = BreakingSocket(whole, break_it, after_first)  # type: ignore[assignment]
+            with pytest.raises(UnavailableError):
+                submit(link, 1)
+            link._socket = whole
+            with pytest.raises(UnavailableError):
+                submit(link, 1)
+            asyncio.get_running_loop().call_soon(link._hear_monitor)  # break_it has taken the wake-up
+            second = core()
+            try:
+                assert await heard(second) == encode(FrontendHello(os.getpid()))
+                submit(link, 1)
+                assert isinstance(decode(await heard(second)), AddRequest)
+            finally:
+                second.close()
+        finally:
+            link.close()
+
+    try:
+        asyncio.run(run())
+    finally:
+        context.destroy(linger=0)
 
 
 # -------------------------------------------------------------------------------------------------------------- Resume
