@@ -51,6 +51,7 @@ class _Resumable:
     tokens: list[I32 | None]  # of each output that has ended
     ends: list[OutputEnded | None]
     num_live: int  # outputs
+    resumed_ns: int = 0  # arrival of the call that reads it, if that is a Resume
     until_ns: int = 0  # when it is given up; 0: never, as it is read
     is_lost: bool = False  # an output has ended without its tokens
 
@@ -206,17 +207,26 @@ class Resumption:
     def resume(
         self, query: ResumeQuery, frontend: int, live_tokens: Callable[[Key], I32], now: int
     ) -> tuple[ResumeReply, tuple[int, Refused] | None]:
-        """(the answer, after which everything new goes to this front end; what to tell which one that had it until now)."""
+        """(the answer, after which everything new goes to this front end; what to tell which one that had it until now). A call
+        that came earlier than its reader's has been overtaken, perhaps by its own caller, whose front end died: it is the one
+        that is told, after the answer."""
         request = self._by_id.get(query.request_id)
         if request is None:
             return ResumeReply(ResumeHeader(query.query_id, query.handle, is_known=False)), None
-        displaced = self._displaced(request)
-        self._set_reader(request, (frontend, query.handle))
-        request.until_ns = 0
+        reader = (frontend, query.handle)
+        if request.num_live and request.reader is not None and query.arrival_ns < request.resumed_ns:
+            return self._resume_reply(query, request, live_tokens), _displaced(request, reader)
+        displaced = _displaced(request, request.reader)
+        self._set_reader(request, reader)
+        request.resumed_ns, request.until_ns = query.arrival_ns, 0
         if request.num_live:
             self._to_credit.update(_keys(request))
         else:
             self._set_until(request, now)
+        return self._resume_reply(query, request, live_tokens), displaced
+
+    @staticmethod
+    def _resume_reply(query: ResumeQuery, request: _Resumable, live_tokens: Callable[[Key], I32]) -> ResumeReply:
         tokens = request.all_tokens(live_tokens)
         ended = tuple(
             None if end is None else msgspec.structs.replace(end, handle=query.handle + index)
@@ -227,7 +237,7 @@ class Resumption:
             prompt=request.prompt,
             tokens=np.concatenate(tokens),
             num_tokens=np.array([len(mine) for mine in tokens], np.int32),
-        ), displaced
+        )
 
     # -------------------------------------------------------------------------------------------------- what comes out
 
@@ -275,16 +285,6 @@ class Resumption:
 
     def _alive(self) -> list[_Resumable]:
         return list({request.key: request for request in self._live.values()}.values())
-
-    def _displaced(self, request: _Resumable) -> tuple[int, Refused] | None:
-        """What its reader is told: by an output that goes on, else it has all that it needs."""
-        live = [index for index, end in enumerate(request.ends) if end is None]
-        if request.reader is None or not live:
-            return None
-        frontend, handle = request.reader
-        refused = Refused(handle + live[0], "ABORTED", "another call has resumed this request")
-        refused.details = {"reason": "RESUMED_ELSEWHERE"}
-        return frontend, refused
 
     def _detach(self, request: _Resumable, now: int) -> None:
         self._set_reader(request, None)
@@ -398,6 +398,17 @@ class Resumption:
 def _keys(request: _Resumable) -> list[Key]:
     frontend, first = request.key
     return [(frontend, first + index) for index in range(len(request.ends))]
+
+
+def _displaced(request: _Resumable, reader: Key | None) -> tuple[int, Refused] | None:
+    """What a reader is told that has lost it: by an output that goes on, else it has all that it needs."""
+    live = [index for index, end in enumerate(request.ends) if end is None]
+    if reader is None or not live:
+        return None
+    frontend, handle = reader
+    refused = Refused(handle + live[0], "ABORTED", "another call has resumed this request")
+    refused.details = {"reason": "RESUMED_ELSEWHERE"}
+    return frontend, refused
 
 
 def _batch(step_id: int, handles: Sequence[int], tokens: Sequence[int], ended: Sequence[OutputEnded]) -> TokenBatch:

@@ -515,6 +515,9 @@ class ResumeQuery(Header, tag="resume"):
     query_id: int
     request_id: str
     handle: int  # chosen by the front end, for as many outputs as a request may have
+    arrival_ns: int = (
+        0  # CLOCK_MONOTONIC when the call came in; the latest call has the request, in whatever order they are read
+    )
 
 
 class ResumeHeader(Header, tag="resume_reply"):

@@ -214,11 +214,11 @@ class CoreLink:
         return await self._ask(CancelQuery(self._new_query(), request_id), CancelReply)
 
     async def resume(
-        self, request_id: str, most_outputs: int, make: Callable[[ResumeReply], ResumedStream]
+        self, request_id: str, most_outputs: int, arrival_ns: int, make: Callable[[ResumeReply], ResumedStream]
     ) -> tuple[ResumeReply, ResumedStream] | None:
         """Takes over a request with a resume window; to be dropped in the end. `make` makes a stream of the core's answer, and
         what comes from then on goes into it: nothing is missed. None: no such request is kept. Raises UnavailableError."""
-        query = ResumeQuery(self._new_query(), request_id, self.new_handle(most_outputs))
+        query = ResumeQuery(self._new_query(), request_id, self.new_handle(most_outputs), arrival_ns)
         resuming = self._resuming[query.query_id] = _Resuming(make, self._loop.create_future())
         try:
             self._send(query)

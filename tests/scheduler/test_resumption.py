@@ -112,8 +112,8 @@ def load(dealer: Dealer) -> LoadReply:
     return reply
 
 
-def resume(dealer: Dealer, request_id: str, handle: int) -> ResumeReply:
-    dealer.send(ResumeQuery(5, request_id, handle))
+def resume(dealer: Dealer, request_id: str, handle: int, arrival_ns: int = 0) -> ResumeReply:
+    dealer.send(ResumeQuery(5, request_id, handle, arrival_ns))
     reply = dealer.until(lambda message: isinstance(message, ResumeReply))[-1]
     assert isinstance(reply, ResumeReply) and (reply.header.query_id, reply.header.handle) == (5, handle)
     return reply
@@ -202,6 +202,28 @@ def test_the_newest_resume_wins_and_the_older_stream_is_told(engine: EngineProce
     assert load(second).running_requests == 1
     run_out(worker)
     assert len(resume(first, "request-1", 60).tokens) == 100
+
+
+def test_a_resume_that_was_overtaken_does_not_take_the_request_from_the_newer_one(engine: EngineProcess) -> None:
+    """As when its front end is killed, its caller resumes over another, and what that one said is read first."""
+    first, second = joined(engine), joined(engine)
+    worker = with_worker(engine, first, second)
+    first.send(resumable(1, 100))
+    run_steps(worker, 2)
+    resume(second, "request-1", 30, arrival_ns=20)
+    late = resume(first, "request-1", 50, arrival_ns=10)
+    refused = heard(first)[0]
+    assert isinstance(refused, Refused) and (refused.handle, refused.code) == (50, "ABORTED")
+    run_steps(worker, 2)
+    second.until(lambda message: bool(tokens_of([message], 30)))
+    assert not tokens_of(heard(first), 50)
+    first.send(AbortRequest(50))
+    first.send(TruncateRequest(50, 1))
+    assert load(first).running_requests == 1
+    second.send(AbortRequest(30))
+    assert load(second).running_requests == 1
+    again = resume(first, "request-1", 70, arrival_ns=10)
+    assert len(again.tokens) > len(late.tokens), "nobody reads it any more"
 
 
 def test_several_outputs_are_taken_over_together(engine: EngineProcess) -> None:

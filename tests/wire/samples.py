@@ -234,7 +234,7 @@ SAMPLES: tuple[Message, ...] = (
     ),
     CancelQuery(33, "request-ü"),
     CancelReply(33, CancelOutcome.ALREADY_FINISHED),
-    ResumeQuery(39, "request-ü", 18),
+    ResumeQuery(39, "request-ü", 18, 5_000_000_000),
     ResumeReply(
         ResumeHeader(39, 18, True, b"\x00\xffstate", (None, OutputEnded(19, EndReason.LENGTH, _stats))),
         prompt=i32(1, 2, 3),

@@ -122,13 +122,14 @@ class Generation(GenerationServicer):
 
     async def _reopen(self, request: pb.ResumeRequest) -> Running:
         """Taken over from the core, without what the caller has; to be dropped in the end. Raises RequestError."""
+        arrival_ns = time.monotonic_ns()
         check_resume(request)
 
         def make(reply: ResumeReply) -> ResumedStream:
             options = ResumeState.decode(reply.header.resume_state).options
             return resumed_stream(reply, self._outputs(options, reply.prompt.tolist()), options.include_stop)
 
-        found = await self._link.resume(core_id(caller(), request.request_id), MAX_OUTPUTS, make)
+        found = await self._link.resume(core_id(caller(), request.request_id), MAX_OUTPUTS, arrival_ns, make)
         if found is None:
             raise NotFoundError(f"no request {request.request_id!r} can be resumed: it is not known, or its window is over")
         reply, stream = found

@@ -217,7 +217,7 @@ def asking(
         link, said = CoreLink(f"ipc://{tmp_path}/core"), list[Message]()
         link._send = said.append  # type: ignore[method-assign]
         try:
-            asked = asyncio.create_task(link.resume("r", 64, made))
+            asked = asyncio.create_task(link.resume("r", 64, 0, made))
             await asyncio.sleep(0)
             query = said.pop()
             assert isinstance(query, ResumeQuery) and query.request_id == "r"
