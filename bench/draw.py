@@ -21,7 +21,7 @@ from bench.shadow import ShadowError
 from bench.shadow import read as read_recording
 from client import CarouselClient, CarouselError
 from client.completion import files, folders
-from client.options import on_a_server
+from client.options import of_a_group, on_a_server
 from client.printing import advice
 from scheduler.command import OneLineCommand
 
@@ -109,6 +109,7 @@ def _span(context: click.Context, parameter: click.Parameter, value: str | None)
     metavar="N",
     help=f"Rows of the batch that they are run on. [default: {_ROWS}, or fewer as recorded]",
 )
+@of_a_group
 @on_a_server
 def draw_command(
     recording: Path | None,
@@ -121,6 +122,7 @@ def draw_command(
     steps: tuple[int, int] | None,
     requests: int,
     rows: int | None,
+    group: int,
 ) -> None:
     """Draw what the batch and the KV cache did: the batch step by step, the same requests under three policies, and the blocks
     of the KV cache over time.
@@ -138,7 +140,7 @@ def draw_command(
         if recording is not None:
             pictures = of_recording(recording, only, steps, requests, rows)
         else:
-            pictures = of_server(client, seconds, only, steps, requests, rows)
+            pictures = of_server(client, seconds, group, only, steps, requests, rows)
         for name, picture in pictures:
             for path in write(picture, out / name, formats, theme):
                 click.echo(path)
@@ -180,12 +182,18 @@ def of_recording(
 
 
 def of_server(
-    client: CarouselClient, seconds: float, only: Sequence[str], steps: tuple[int, int] | None, requests: int, rows: int | None
+    client: CarouselClient,
+    seconds: float,
+    group: int,
+    only: Sequence[str],
+    steps: tuple[int, int] | None,
+    requests: int,
+    rows: int | None,
 ) -> Iterator[Named]:
     """Raises CarouselError, ShadowError."""
     if sys.stderr.isatty():
         click.echo(f"watching {client.target} for {seconds:g} s; Ctrl-C draws what was seen so far", err=True)
-    seen = live.watch(client, seconds)
+    seen = live.watch(client, seconds, group)
     if not seen.steps:
         raise ShadowError(f"{client.target} computed no step in {seconds:g} s: send it requests while it is watched")
     yield from _as_it_was(live.observed(seen), only, steps)

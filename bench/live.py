@@ -41,15 +41,17 @@ class Watch:
     steps: list[inspect_pb2.WatchStepsResponse] = field(default_factory=list)
     shared: list[Sharing] = field(default_factory=list)
     arrivals: dict[str, control_pb2.RequestSummary] = field(default_factory=dict)
+    group: int = 0
 
     @property
     def skipped(self) -> int:
         return sum(step.skipped_steps for step in self.steps)
 
 
-def watch(client: CarouselClient, seconds: float) -> Watch:
-    """For so long, or until Ctrl-C: what was seen by then is kept. Raises CarouselError."""
-    seen = Watch(client.target, client.server_info(), client.model_info())
+def watch(client: CarouselClient, seconds: float, group: int = 0) -> Watch:
+    """A worker group, for so long or until Ctrl-C: what was seen by then is kept. Raises CarouselError."""
+    client.block_tables(group)  # there must be such a group
+    seen = Watch(client.target, client.server_info(), client.model_info(), group=group)
     over = threading.Event()
     with _ctrl_c(over), client.watch_steps() as stream:
 
@@ -62,7 +64,7 @@ def watch(client: CarouselClient, seconds: float) -> Watch:
         for thread in threads:
             thread.start()
         try:
-            seen.steps.extend(step for step in stream if step.group == 0)
+            seen.steps.extend(step for step in stream if step.group == group)
         finally:
             over.set()
             for thread in threads:
@@ -84,7 +86,7 @@ def _poll(client: CarouselClient, seen: Watch, over: threading.Event) -> None:
     """Until it is over, or the server has gone: that is the watch's to tell."""
     try:
         while True:
-            tables = client.block_tables()
+            tables = client.block_tables(seen.group)
             counts = np.array(tables.ref_counts, np.int64)
             seen.shared.append(Sharing(len(seen.steps), int((counts > 1).sum()), int(np.maximum(counts - 1, 0).sum())))
             for request in client.list_requests(_PAGE).requests:

@@ -14,7 +14,7 @@ import click
 
 from carousel.v1 import control_pb2, generation_pb2, inspect_pb2
 from client.api import CarouselClient
-from client.options import on_a_server
+from client.options import of_a_group, on_a_server
 from client.printing import closed_pipe, to_json, write_line, write_table
 
 _SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
@@ -323,7 +323,7 @@ def _preemption_rows(told: control_pb2.ExplainRequestResponse) -> Iterator[Seque
 
 
 @click.command(context_settings=_SETTINGS)
-@click.option("--group", type=click.IntRange(0), default=0, show_default=True, metavar="N", help="Worker group, of several.")
+@of_a_group
 @_asking
 def blocks(group: int, client: CarouselClient, as_json: bool) -> None:
     """Show who holds which blocks of the KV cache, and how many are shared.

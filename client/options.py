@@ -12,6 +12,10 @@ from client.api import CarouselClient
 
 ResultT = TypeVar("ResultT")
 
+of_a_group = click.option(
+    "--group", type=click.IntRange(0), default=0, show_default=True, metavar="N", help="Worker group, of several."
+)
+
 
 def on_a_server(command: Callable[..., ResultT]) -> Callable[..., ResultT]:
     """The command is given `client`, connected with its first call and closed at the command's end."""

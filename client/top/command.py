@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import click
 
 from client.api import CarouselClient
-from client.options import on_a_server
+from client.options import of_a_group, on_a_server
 from client.printing import closed_pipe
 
 if TYPE_CHECKING:
@@ -46,8 +46,9 @@ _STILL_WIDTH = 100  # of a still that goes into a file or pipe
 @click.option("--once", is_flag=True, help="Look for a second, print one picture, and end.")
 @click.option("--json", "as_json", is_flag=True, help="With --once: what was seen, as one JSON object.")
 @click.option("--ascii", "plain", is_flag=True, help="No characters but those of ASCII.")
+@of_a_group
 @on_a_server
-def top(interval: float, once: bool, as_json: bool, plain: bool, client: CarouselClient) -> int:
+def top(interval: float, once: bool, as_json: bool, plain: bool, group: int, client: CarouselClient) -> int:
     """Watch the batch of a running server: its rows, queue, token budget, KV blocks and pace. q or Ctrl-C ends it.
 
     Rows: yellow is the prompt as far as it is computed, the colour of the row its output. Letters and colours of the block map
@@ -66,7 +67,7 @@ def top(interval: float, once: bool, as_json: bool, plain: bool, client: Carouse
         raise click.UsageError("there is no terminal to draw on: give --once for one picture, in plain text")
     from client.top.watching import Watcher  # with rich, not before it is needed: the other commands start faster
 
-    with Watcher(client, min(interval, _LOOK_ONCE_S / 2) if once else interval) as watcher:
+    with Watcher(client, min(interval, _LOOK_ONCE_S / 2) if once else interval, group) as watcher:
         try:
             return _still(watcher, as_json, plain) if once else _live(watcher, interval, plain)
         except BrokenPipeError:

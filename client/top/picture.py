@@ -71,7 +71,10 @@ class _Drawing:
 
     def head(self) -> list[Text]:
         seen, load, dot = self._seen, self._seen.load, self._glyphs.dot
-        name = Text.assemble((f"{seen.model} ", "bold"), f"{seen.target}{dot}{seen.policy}{dot}up {_age(seen.uptime_s)}")
+        where = f"{seen.target}{dot}{seen.policy}{dot}up {_age(seen.uptime_s)}"
+        if seen.num_groups > 1:
+            where += f"{dot}group {seen.group} of 0-{seen.num_groups - 1}"
+        name = Text.assemble((f"{seen.model} ", "bold"), where)
         if seen.trouble:
             name = Text(seen.trouble, "bold red")
         shared = Counter(seen.blocks)[SHARED]

@@ -58,6 +58,8 @@ class Snapshot:
     policy: str
     uptime_s: float
     max_batch_rows: int
+    group: int  # whose rows, blocks and steps these are
+    num_groups: int
     load: control_pb2.GetLoadResponse
     rows: Sequence[Row]  # by slot
     waiting: Sequence[Waiting]  # the first ones; the load says how many there are
@@ -78,6 +80,7 @@ class Seen:
     target: str
     server: control_pb2.GetServerInfoResponse = field(default_factory=control_pb2.GetServerInfoResponse)
     model: control_pb2.GetModelInfoResponse = field(default_factory=control_pb2.GetModelInfoResponse)
+    group: int = 0
     trouble: str = ""
     _load: control_pb2.GetLoadResponse = field(default_factory=control_pb2.GetLoadResponse)
     _loaded_s: float = -1.0
@@ -122,6 +125,8 @@ class Seen:
             self._firsts_ms.append(told.timing.time_to_first_token_ns / 1e6)
 
     def take_step(self, step: inspect_pb2.WatchStepsResponse) -> None:
+        if step.group != self.group:
+            return
         before, self._before = self._before, step
         self._policy = step.policy
         self._step_tokens.append((sum(row.num_tokens for row in step.rows), step.token_budget))
@@ -177,6 +182,8 @@ class Seen:
             policy=self._policy or self.server.policy,
             uptime_s=self._now_ns / 1e9,
             max_batch_rows=self.server.max_batch_rows,
+            group=self.group,
+            num_groups=len({worker.group for worker in self.server.workers}),
             load=self._load,
             rows=list(self._rows),
             waiting=[each for each in waiting if each.state],
@@ -217,6 +224,7 @@ def as_json(seen: Snapshot) -> dict[str, Any]:
         "policy": seen.policy,
         "uptime_s": round(seen.uptime_s, 3),
         "max_batch_rows": seen.max_batch_rows,
+        "group": seen.group,
         "running": load.running_requests,
         "waiting": load.waiting_requests,
         "tokens_per_s": _last(seen.tokens_per_s),

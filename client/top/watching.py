@@ -20,11 +20,11 @@ from client.errors import CarouselError
 from client.streams import Stream
 from client.top.seen import Seen, Snapshot
 
-_PATIENCE = 30  # times what the answer took, at least, until it is asked for again
+_PATIENCE = 100  # times what the answer took, at least, until it is asked for again
 _MOST_PAUSE_S = 10.0
 _PAGE = 100  # requests that are listed
-_BATCH_S = 1.0  # not more often: it costs more than all other answers
-ROWS_PER_S = 200  # of steps that are looked at, in the long run: about 30 µs of processor time each, in all processes together
+_BATCH_S = 2.0  # not more often: it costs more than all other answers
+ROWS_PER_S = 60  # of steps that are looked at, in the long run: about 30 µs of processor time each, in all processes together
 _LEAST_STEPS = 2  # in a row: the time between two is that between two tokens
 _RETRY_S = 1.0
 _GIVE_UP_S = 30.0  # of a server that does not come back
@@ -75,11 +75,11 @@ def pause_after(took_s: float, every_s: float) -> float:
 class Watcher:
     """Watches while it is entered. `failure`: why it has given up."""
 
-    def __init__(self, client: CarouselClient, every_s: float) -> None:
-        """Asks who is there. Raises CarouselError."""
+    def __init__(self, client: CarouselClient, every_s: float, group: int = 0) -> None:
+        """Asks who is there. group: of workers, whose rows and blocks are looked at. Raises CarouselError."""
         self.failure: CarouselError | None = None
         self._client, self._every_s = client, every_s
-        self._seen = Seen(client.target, client.server_info())
+        self._seen = Seen(client.target, client.server_info(), group=group)
         self._lock = threading.Lock()
         self._over = threading.Event()
         self._stream: Stream[inspect_pb2.WatchStepsResponse] | None = None
@@ -140,7 +140,7 @@ class Watcher:
     def _ask_server(self) -> None:
         server = self._client.server_info()
         with self._lock:
-            self._seen = Seen(self._client.target, server, self._seen.model)
+            self._seen = Seen(self._client.target, server, self._seen.model, self._seen.group)
         for question in self._questions:
             question.due_s = 0.0
 
@@ -160,7 +160,7 @@ class Watcher:
     def _ask_batch(self) -> None:
         """One right after the other: they are shown as one."""
         requests = self._client.list_requests(_PAGE)
-        tables = self._client.block_tables()
+        tables = self._client.block_tables(self._seen.group)
         with self._lock:
             self._seen.take_requests(requests)
             self._seen.take_tables(tables)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 
 import pytest
@@ -135,3 +136,9 @@ def test_json_holds_the_same() -> None:
     assert told["blocks"]["shared"] == 1 and [row["slot"] for row in told["rows"]] == [0, 1, 2, 3]
     assert told["rows"][0] | {"state": "decode", "prompt_tokens": 20, "blocks": 2, "shared_blocks": 1} == told["rows"][0]
     assert told["blocks"]["waste"] == round(1 - (4 * 25 - 3 * 16) / (5 * 16), 6), "a shared block's tokens count once"
+
+
+def test_the_group_is_named_where_there_are_several() -> None:
+    one = seen(4)
+    assert "group" not in lines(one, 100, 24)[0]
+    assert lines(dataclasses.replace(one, group=1, num_groups=3), 100, 24)[0].endswith("group 1 of 0-2")

@@ -73,3 +73,16 @@ def test_histories_are_bounded() -> None:
     told = seen.snapshot()
     assert {len(told.tokens_per_s), len(told.step_tokens)} == {HISTORY} and len(seen.firsts()) <= 4
     assert told.step_tokens[-1] == (6, 64) and told.policy == "static"
+
+
+def test_steps_of_other_groups_are_left_out() -> None:
+    seen = Seen("x", group=1)
+    seen.take_load(load(0), 0.0)
+    for number in (1, 2):
+        for group in (0, 1):
+            told = step(number, row("a"), planned_ms=20 * number + 5 * group)
+            told.group = group
+            seen.take_step(told)
+    seen.take_load(load(1), 1.0)
+    found = seen.snapshot()
+    assert len(found.step_tokens) == 2 and found.itl_ms == [17.5], "the first is how long it took, the second 20 ms"
