@@ -1189,10 +1189,11 @@ class Core:
             del self._by_handle[request.frontend, sequence.handle]
         self.tenants.leave(request.tenant)
         self._holding.pop(request.number, None)
-        self._ended_requests.pop(request.request_id, None)
+        if (namesake := self._ended_requests.pop(request.request_id, None)) is not None:
+            namesake.forget_outputs()
         self._ended_requests[request.request_id] = request
         if len(self._ended_requests) > _REMEMBERED_IDS:
-            self._ended_requests.popitem(last=False)
+            self._ended_requests.popitem(last=False)[1].forget_outputs()
         request.forget_tokens()
         self._end_times.append(self._busy_ns + now - self._busy_since_ns)
         if not self._requests:

@@ -65,6 +65,10 @@ class Request:
         for sequence in self.sequences:
             sequence.outputs, sequence.digests = _EMPTY, b""
 
+    def forget_outputs(self) -> None:
+        """Ended and remembered no more: a request and its sequences know each other, and would wait for the collector."""
+        self.sequences = []
+
     def most_blocks(self, block_size: int) -> int:
         """That an output of it may come to hold; 0 where its length is what the pool leaves."""
         return -(-(self.num_prompt_tokens + self.max_outputs - 1) // block_size) if self.header.max_tokens else 0

@@ -22,6 +22,7 @@ import zmq
 from zmq.utils.monitor import parse_monitor_message
 
 from scheduler.errors import RefusedError, RequestError, UnavailableError
+from scheduler.frontend.pace import Pace
 from scheduler.frontend.streams import Outlet, ResumedStream, Stream
 from wire import (
     AbortRequest,
@@ -129,6 +130,7 @@ class CoreLink:
         self.facts: Facts | None = None
         self.facts_changed = asyncio.Event()  # set at each change; cleared by who follows it
         self.report_after = _NEVER  # tokens of an output that its reader accepted, before the core is told
+        self.pace = Pace()  # of the writers of all that the core sends
         self._loop = asyncio.get_running_loop()
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._socket = self._context.socket(zmq.DEALER)
@@ -341,6 +343,7 @@ class CoreLink:
     def _hear(self, message: Message) -> None:
         match message:
             case TokenBatch():
+                self.pace.look()
                 self._tokens(message)
             case Logprobs():
                 self._logprobs(message)

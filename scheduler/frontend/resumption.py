@@ -11,7 +11,7 @@ import msgspec
 from carousel.v1 import generation_pb2 as pb
 from scheduler.errors import InvalidFieldError, OutOfRangeError
 from scheduler.frontend.output import Output
-from scheduler.frontend.streams import ResumedOutlet, ResumedStream
+from scheduler.frontend.streams import Inbox, ResumedOutlet, ResumedStream
 from scheduler.frontend.validation import Options, check_id
 from wire import ResumeReply
 
@@ -46,9 +46,11 @@ def check_resume(request: pb.ResumeRequest) -> None:
         seen.add(offset.output_index)
 
 
-def resumed_stream(reply: ResumeReply, outputs: Sequence[Output], include_stop: bool) -> ResumedStream:
+def resumed_stream(
+    reply: ResumeReply, outputs: Sequence[Output], include_stop: bool, inbox: Inbox | None = None
+) -> ResumedStream:
     """Of what the core has, yet to be replayed. outputs: new ones, one for each output of the request."""
-    stream, bounds = ResumedStream(include_stop, len(reply.prompt)), accumulate(reply.num_tokens.tolist(), initial=0)
+    stream, bounds = ResumedStream(include_stop, len(reply.prompt), inbox), accumulate(reply.num_tokens.tolist(), initial=0)
     parts = [reply.tokens[begin:end].tolist() for begin, end in pairwise(bounds)]
     stream.outlets = [
         ResumedOutlet(stream, index, output, tokens, ended)

@@ -14,6 +14,7 @@ from typing import Protocol, TypeAlias
 
 from scheduler.errors import RequestError
 from scheduler.frontend.output import Output
+from scheduler.frontend.pace import Pace
 from wire import OutputEnded
 from wire.messages import F32, I32
 
@@ -73,7 +74,7 @@ class Outlet:
             self._truncated = True
             core.truncate(self.handle, output.num_tokens)
         if not self.is_fresh:
-            self.stream.put(self)
+            self.stream.put(self, is_first=self.num_received == 1)
 
     def tell(self, position: int, logprobs: F32, token_ids: I32) -> None:
         """Of the tokens at `position` of the sequence and behind it. What is told twice, after a recompute, is the same."""
@@ -140,14 +141,19 @@ class ResumedOutlet(Outlet):
 class Inbox:
     """Where a writer finds what is new: of one stream, or of many that share it."""
 
-    def __init__(self) -> None:
+    def __init__(self, pace: Pace | None = None) -> None:
+        """pace: of all writers; None: each is woken at once."""
+        self._pace = pace
         self._fresh: deque[Outlet] = deque()  # whose turn it is
         self._failed: deque[Stream] = deque()
         self._news = asyncio.Event()
 
-    def put(self, outlet: Outlet) -> None:
+    def put(self, outlet: Outlet, is_urgent: bool = True) -> None:
         self._fresh.append(outlet)
-        self._news.set()
+        if is_urgent or self._pace is None:
+            self._news.set()
+        else:
+            self._pace.wake(self._news)
 
     def put_failed(self, stream: Stream) -> None:
         self._failed.append(stream)
@@ -181,11 +187,13 @@ class Stream:
         self.error: RequestError | None = None  # why it was refused or lost
         self.inbox = inbox or Inbox()
 
-    def put(self, outlet: Outlet) -> None:
+    def put(self, outlet: Outlet, is_first: bool = False) -> None:
         """Something is new of this output."""
         if not outlet.is_fresh:
             outlet.is_fresh = True
-            self.inbox.put(outlet)
+            self.inbox.put(outlet, is_first or outlet.ended is not None)
+        elif outlet.ended is not None:
+            self.inbox.ring()
 
     def fail(self, error: RequestError) -> None:
         self.error = error
@@ -197,5 +205,5 @@ class ResumedStream(Stream):
 
     outlets: Sequence[ResumedOutlet]
 
-    def __init__(self, include_stop: bool, num_prompt: int) -> None:
-        super().__init__((), include_stop, num_prompt)
+    def __init__(self, include_stop: bool, num_prompt: int, inbox: Inbox | None = None) -> None:
+        super().__init__((), include_stop, num_prompt, inbox)

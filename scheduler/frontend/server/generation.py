@@ -69,7 +69,7 @@ class Generation(GenerationServicer):
         self.num_active += 1
         try:
             with self._ledger.open(request, context, caller()) as entry:
-                running = entry.running = await self._open(request, context.time_remaining(), Inbox())
+                running = entry.running = await self._open(request, context.time_remaining(), Inbox(self._link.pace))
                 try:
                     await _write(context, running, self._link)
                 finally:
@@ -127,7 +127,8 @@ class Generation(GenerationServicer):
 
         def make(reply: ResumeReply) -> ResumedStream:
             options = ResumeState.decode(reply.header.resume_state).options
-            return resumed_stream(reply, self._outputs(options, reply.prompt.tolist()), options.include_stop)
+            outputs = self._outputs(options, reply.prompt.tolist())
+            return resumed_stream(reply, outputs, options.include_stop, Inbox(self._link.pace))
 
         found = await self._link.resume(core_id(caller(), request.request_id), MAX_OUTPUTS, arrival_ns, make)
         if found is None:

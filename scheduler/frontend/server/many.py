@@ -43,7 +43,7 @@ class Many:
         """count: told how many more requests, or fewer, are under way."""
         self._link, self._open, self._context, self._count = link, open_request, context, count
         self._ledger = ledger
-        self._inbox = Inbox()
+        self._inbox = Inbox(link.pace)
         self._of_stream: dict[Stream, _One] = {}
         self._by_id: dict[str, _One] = {}
         self._early: list[tuple[str, RequestError]] = []  # refused before it had a stream

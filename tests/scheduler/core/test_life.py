@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+
 import numpy as np
 import pytest
 
@@ -126,6 +128,26 @@ def test_cancel_says_what_it_found() -> None:
     assert core.cancel("a") is CancelOutcome.CANCELLED
     assert core.cancel("a") is CancelOutcome.ALREADY_FINISHED
     assert end_of(core).reason is EndReason.CANCELLED
+
+
+def test_what_is_forgotten_is_gone_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not when the collector comes, which is seldom: memory would grow meanwhile."""
+    monkeypatch.setattr(core_module, "_REMEMBERED_IDS", 2)
+    core = driver()
+
+    def living() -> int:
+        return sum(isinstance(each, Request) for each in gc.get_objects())
+
+    gc.collect()
+    gc.disable()
+    try:
+        before = living()
+        for _ in range(20):
+            core.accepted(PROMPT, 2)
+            core.finish()
+        assert living() - before <= 3
+    finally:
+        gc.enable()
 
 
 def test_cancel_knows_the_ids_of_the_last_ended_requests(monkeypatch: pytest.MonkeyPatch) -> None:
