@@ -129,7 +129,7 @@ def _targets(name: str) -> Callable[[Path], str]:
     def table(results: Path) -> str:
         rows: Rows = [("what", "measured", "goal", "holds")]
         for told in _last(results, name)["targets"]:
-            what = " ".join(filter(None, (told.get("target", ""), told["what"])))
+            what = told["what"] if told["target"] == name else f"{told['target']}: {told['what']}"
             goal = f"{'≤' if told['at_most'] else '≥'} {number(told['goal'])}"
             rows = [*rows, (what, number(told["value"]), goal, "yes" if told["holds"] else "no")]
         return markdown(rows)
