@@ -13,6 +13,7 @@ from collections.abc import Callable
 _LOOK_S = 0.05  # between two looks at how busy the process is
 _BUSY, _IDLE = 0.75, 0.6  # of a processor: above the one writers wait longer, below the other less long
 _LEAST_S, _MOST_S = 0.004, 0.05
+_PAUSE_S = 1.0  # without a look: what was before says nothing any more
 _STEP = 1.4  # by which the wait grows or shrinks at a look
 
 
@@ -36,9 +37,9 @@ class Pace:
         self._looked_s, self._spent_s = now_s, spent_s
         if share > _BUSY:
             self.wait_s = min(_MOST_S, max(_LEAST_S, self.wait_s * _STEP))
-        elif share < _IDLE and self.wait_s:
+        elif share < _IDLE:
             shorter_s = self.wait_s / _STEP
-            self.wait_s = shorter_s if shorter_s >= _LEAST_S else 0.0
+            self.wait_s = shorter_s if shorter_s >= _LEAST_S and passed_s < _PAUSE_S else 0.0
 
     def wake(self, news: asyncio.Event) -> None:
         """Who waits for this, soon."""

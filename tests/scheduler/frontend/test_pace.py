@@ -60,6 +60,15 @@ def test_the_wait_grows_with_the_load_to_a_bound_stays_and_goes_when_it_is_over(
     assert process.pace.wait_s == 0.0
 
 
+def test_after_a_pause_nobody_waits() -> None:
+    process = Process()
+    process.is_busy(1.2, 1.0)
+    assert process.pace.wait_s
+    process.now_s += 5.0
+    process.pace.look()
+    assert process.pace.wait_s == 0.0
+
+
 def test_a_busy_process_wakes_its_writers_together() -> None:
     async def run() -> None:
         pace, news = busy_pace(), [asyncio.Event() for _ in range(3)]
