@@ -48,7 +48,7 @@ RUN --mount=type=bind,from=wheel,source=/wheel,target=/wheel \
     pip --python /opt/carousel/bin/python install --no-deps --no-index /wheel/*.whl \
  && python image.py finish /opt/carousel
 # The compiled loops, for the processor that builds; another one compiles them again at its first start.
-RUN NUMBA_CACHE_DIR=/var/cache/carousel/numba /opt/carousel/bin/python -c 'import worker.compiled.kernels'
+RUN NUMBA_CACHE_DIR=/var/cache/carousel/numba /opt/carousel/bin/python -c 'from worker import compiled; compiled.compile_all()'
 
 # The same with CUDA: Triton is the one that torch asks for, and a compiler is there for the stubs through which it launches.
 FROM build AS cuda

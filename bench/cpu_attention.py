@@ -35,8 +35,9 @@ def _ratio(rows: int, context: int) -> float:
     import torch
     import torch.nn.functional as F
 
+    from worker import compiled
     from worker.attention.base import AttentionInputs
-    from worker.attention.cpu import CpuAttention
+    from worker.attention.cpu import CpuAttention, queries_of
 
     width = -(-context // _BLOCK)
     blocks = 1 + rows * width
@@ -52,12 +53,23 @@ def _ratio(rows: int, context: int) -> float:
         for layer in layers:
             attention.attend(q_RHD, layer, inputs, _HEAD**-0.5)
 
+    def recorded() -> None:
+        starts, lengths = np.arange(rows + 1, dtype=np.int32), np.full(rows, context, np.int32)
+        queries = queries_of(np.arange(rows), AttentionInputs.of(starts, lengths, shuffled, slots))
+        compiled.run(program, turns, torch.from_numpy(slots), queries.tables[queries.row], queries.length)
+
+    if compiled.has_programs():
+        program, turns = compiled.new_program(rows), (torch.ones(rows, 1, _HEAD // 2),) * 2
+        qkv, out = (program.scratch(name, heads * _HEAD) for name, heads in (("qkv", _HEADS + 2 * _KV_HEADS), ("out", _HEADS)))
+        for layer in layers:
+            program.attend(qkv, _HEADS, compiled.array(layer), _HEAD**-0.5, out)
+
     def contiguous() -> None:  # the query heads of a group read their key-value head together
         for keys, values in together:
             F.scaled_dot_product_attention(q_RHD.view(rows, _KV_HEADS, -1, _HEAD), keys, values)
 
     with torch.inference_mode():
-        return _least_seconds(contiguous) / _least_seconds(paged)
+        return _least_seconds(contiguous) / _least_seconds(recorded if compiled.has_programs() else paged)
 
 
 def _least_seconds(work: Callable[[], object]) -> float:
@@ -71,7 +83,8 @@ def _least_seconds(work: Callable[[], object]) -> float:
 
 
 if __name__ == "__main__":
-    from worker import openmp
+    from worker import compiled, openmp
 
     openmp.set_defaults()
+    compiled.load()
     print(json.dumps(_measure()))

@@ -324,7 +324,8 @@ def _facts(
     by = f", {'loops' if device.type == 'cpu' else 'kernels'} by {loops}" if loops else ""
     where = f"cpu ({threads} threads{_lacking()}{by})" if device.type == "cpu" else f"{torch.cuda.get_device_name(device)}{by}"
     swap = f", {format_bytes(kv.num_host_blocks * pool.block_bytes)} of host memory to swap to" if kv.num_host_blocks else ""
-    how = ", deterministic (prompts take longer)" if config.deterministic else ""
+    costs = "" if compiled.has_programs() else " (prompts take longer)"
+    how = f", deterministic{costs}" if config.deterministic else ""
     size = f"{num_parameters / 1e9:.2f} B" if num_parameters >= 1e9 else f"{num_parameters / 1e6:.1f} M"
     return WorkerFacts(
         device=device.type,

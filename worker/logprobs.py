@@ -71,7 +71,7 @@ class OfDraws:
     def __init__(self, sequences: Sequences, rows: StepRows, logits_NV: Tensor) -> None:
         self._num_best = sequences.columns.logprobs[rows.slots[rows.drawing[: rows.num_sampled]]]
         self._asked = np.flatnonzero(self._num_best >= 0)
-        self._logits_MV = logits_NV[self._asked]  # a copy
+        self._logits_MV = logits_NV[self._asked] if len(self._asked) else logits_NV[:0]  # a copy
 
     def tell(self, told: Told, rows: StepRows, tokens_N: Tensor) -> None:
         if not len(self._asked):

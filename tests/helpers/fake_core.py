@@ -341,7 +341,9 @@ class FakeCore:
             case WatchSteps(on=on):
                 (self._watchers.add if on else self._watchers.discard)(peer)
             case _ if self.answers_queries:
+                self.heard.put(message)  # before whoever has the answer looks for it
                 self._answer(peer, message)
+                return
         self.heard.put(message)
 
     def _answer(self, peer: bytes, query: Message) -> None:

@@ -23,7 +23,7 @@ from worker.logprobs import log_sum_exp
 from worker.model_executor import ModelExecutor
 from worker.sampler import keep, parts
 
-pytest.importorskip("numba")
+panels = pytest.importorskip("worker.compiled.panels", reason="numba is not installed")
 
 VOCABULARY, LENGTH = 384, 75
 WIDE = "llama wide"  # many rows of it are more than the loops usually take
@@ -114,12 +114,14 @@ def test_token_by_token_as_in_one_piece_and_at_every_place_of_a_batch(model_of: 
     assert torch.equal(in_company(model, [9], [([], [(0, 500)]), ([(0, 333)], [])]), alone), "many rows"
 
 
-def test_without_it_they_do_not(model_of: Any) -> None:
-    """The test above can fail: it is torch and the libraries below it that choose by the number of rows."""
+def test_without_it_they_do_not(model_of: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The test above can fail: torch and the libraries below it choose by the number of rows. (Compiled products do not, but
+    are not everywhere.)"""
+    monkeypatch.setattr(panels, "HAS_FLOATS", False)
     compiled.load()
     different = 0
     for name in ("llama", "qwen3", "opt"):
-        model = model_of(name, deterministic=False)
+        model = model_of.__wrapped__(name, deterministic=False)
         alone = in_company(model, [], [([], [])])
         different += not torch.equal(in_company(model, list(range(1, LENGTH)), [([], [])]), alone)
     assert different == 3
@@ -147,9 +149,14 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("options", [{}, {"quantization": "int8"}, {"num_blocks": 1, "max_model_len": 16}, {"block_size": 64}])
-def test_it_starts_and_says_what_it_costs(checkpoint: Path, options: dict[str, Any]) -> None:
+@pytest.mark.parametrize("has_floats", {panels.HAS_FLOATS, False})
+def test_it_starts_and_says_what_it_costs(
+    checkpoint: Path, options: dict[str, Any], has_floats: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(panels, "HAS_FLOATS", has_floats)
+    costs = "" if has_floats else " (prompts take longer)"
     description = ModelExecutor.of(config(**options), checkpoint).facts.description
-    assert ", deterministic (prompts take longer); KV cache" in description
+    assert f", deterministic{costs}; KV cache" in description
     assert "deterministic" not in ModelExecutor.of(config(**options, deterministic=False), checkpoint).facts.description
 
 
@@ -172,6 +179,7 @@ def test_it_is_refused_without_numba(checkpoint: Path, monkeypatch: pytest.Monke
 
 
 def test_it_is_refused_where_the_libraries_do_not_keep_rows_apart(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(panels, "HAS_FLOATS", False)  # where products are the libraries'
     whole = products.TiledProduct.__call__
 
     def leaking(self: products.TiledProduct, x_TI: Tensor) -> Tensor:

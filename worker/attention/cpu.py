@@ -21,7 +21,7 @@ from torch import Tensor
 
 from worker import compiled
 from worker.attention.base import AttentionInputs
-from worker.attention.singles import CompiledSingles, GatheredSingles, Queries, Singles, SparseSingles
+from worker.attention.singles import CompiledSingles, GatheredSingles, Queries, Singles
 
 _MOST_SINGLES = 16
 _PART = 128  # queries of a chunk that are computed together; each part skips what only later ones see
@@ -51,7 +51,7 @@ class _Plan:
 class CpuAttention:
     def __init__(
         self,
-        ways: Sequence[type[Singles]] = (CompiledSingles, SparseSingles, GatheredSingles),
+        ways: Sequence[type[Singles]] = (CompiledSingles, GatheredSingles),
         most_singles: float = _MOST_SINGLES,
     ) -> None:
         """`ways` to compute single queries, the best first; the first that can is taken. most_singles: tokens of a row that are
@@ -81,7 +81,7 @@ class CpuAttention:
         assert (count >= 1).all() and (inputs.context_lens_cpu >= count).all()
         is_chunk = count > self._most_singles
         plan.chunks = [_chunk(int(row), kv_layer, inputs) for row in np.flatnonzero(is_chunk)]
-        queries = _queries(np.flatnonzero(~is_chunk), inputs)
+        queries = queries_of(np.flatnonzero(~is_chunk), inputs)
         if len(queries.token):
             plan.singles = next(filter(None, (way.of(queries, num_heads, kv_layer) for way in self._ways)))
 
@@ -93,7 +93,7 @@ def _plan(kv_layer: Tensor, inputs: AttentionInputs) -> _Plan:
     return inputs.plan
 
 
-def _queries(rows: NDArray[np.intp], inputs: AttentionInputs) -> Queries:
+def queries_of(rows: NDArray[np.intp], inputs: AttentionInputs) -> Queries:
     """All tokens that these rows compute: the last one of a row sees its whole context, the one before it one less, …"""
     first, context = inputs.query_start_cpu[rows].astype(np.int64), inputs.context_lens_cpu[rows].astype(np.int64)
     count = inputs.query_start_cpu[rows + 1] - first

@@ -16,6 +16,7 @@ import logging
 import math
 from collections.abc import Callable, Sequence
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 import torch
@@ -28,18 +29,25 @@ log = logging.getLogger(__name__)
 MOST = 1 << 17  # numbers of an operation: about where two threads of torch's catch up with one loop
 
 _kernels: ModuleType | None = None
+_programs: ModuleType | None = None  # only where the processor has the instructions
+_multiplies_bytes = False  # those for products of 8-bit integers
 _activations: ModuleType | None = None  # only of a deterministic worker
 _most: float = MOST
 
 
 def load(deterministic: bool = False) -> str:
-    """Compiles the loops, or takes them from numba's cache. What was loaded, in words; empty: nothing."""
-    global _kernels, _activations, _most
+    """From here on loops are used: compiled when they are first called, or taken from numba's cache. By what, in words; empty:
+    there is nothing to compile with."""
+    global _kernels, _programs, _multiplies_bytes, _activations, _most
     try:
-        from worker.compiled import kernels
+        from worker.compiled import kernels, panels
     except ImportError:
         return ""
     unload()
+    if panels.HAS_FLOATS:
+        from worker.compiled import program as programs
+
+        _programs, _multiplies_bytes = programs, panels.HAS_BYTES
     if deterministic:
         from worker.compiled import activations
 
@@ -48,9 +56,18 @@ def load(deterministic: bool = False) -> str:
     return f"numba {kernels.VERSION}"
 
 
+def compile_all() -> None:
+    """All that a worker on this processor may want, into numba's cache."""
+    assert load(deterministic=True)
+    from worker.compiled import rows
+
+    for loop in rows.Loop.all:
+        loop.compile()
+
+
 def unload() -> None:
-    global _kernels, _activations, _most
-    _kernels, _activations, _most = None, None, MOST
+    global _kernels, _programs, _multiplies_bytes, _activations, _most
+    _kernels, _programs, _multiplies_bytes, _activations, _most = None, None, False, None, MOST
 
 
 def is_loaded() -> bool:
@@ -122,14 +139,15 @@ def fits_cache(kv_layer: Tensor) -> bool:
     return _kernels is not None and kv_layer.dtype in (torch.float32, torch.bfloat16) and kv_layer.device.type == "cpu"
 
 
-def _cache(kv_layer: Tensor) -> np.ndarray:
+def array(kv_layer: Tensor) -> np.ndarray:
+    """float32, or the bits of bfloat16."""
     return kv_layer.numpy() if kv_layer.dtype == torch.float32 else kv_layer.view(torch.uint16).numpy()
 
 
 def write(k_TKD: Tensor, v_TKD: Tensor, kv_layer: Tensor, slots_T: Tensor) -> None:
     """Keys and values to their slots, as attention.cpu.CpuAttention.write; k and v may be parts of wider rows."""
     assert _kernels is not None
-    _kernels.write(k_TKD.numpy(), v_TKD.numpy(), _cache(kv_layer), slots_T.numpy())
+    _kernels.write(k_TKD.numpy(), v_TKD.numpy(), array(kv_layer), slots_T.numpy())
 
 
 def rotate_and_write(
@@ -140,7 +158,7 @@ def rotate_and_write(
     cos_T1D, sin_T1D = cos_sin
     q_THD = torch.empty(len(qkv_TAD), num_heads, qkv_TAD.shape[2])
     _kernels.rotate_and_write(
-        qkv_TAD.numpy(), cos_T1D.numpy()[:, 0], sin_T1D.numpy()[:, 0], _cache(kv_layer), slots_T.numpy(), q_THD.numpy()
+        qkv_TAD.numpy(), cos_T1D.numpy()[:, 0], sin_T1D.numpy()[:, 0], array(kv_layer), slots_T.numpy(), q_THD.numpy()
     )
     return q_THD
 
@@ -163,6 +181,57 @@ def norm_rotate_and_write(
     return rotate_and_write(qkv_TAD, num_heads, cos_sin, kv_layer, slots_T)
 
 
+def has_programs() -> bool:
+    """Whether steps can be programs: numba is there, and the processor has the instructions."""
+    return _programs is not None
+
+
+def multiplies(weight_OI: Tensor, quantization: str) -> bool:
+    """Whether products with the matrix are to be computed by loops: they can be, and are faster than the library's."""
+    return (
+        _programs is not None
+        and weight_OI.dtype is torch.float32
+        and weight_OI.device.type == "cpu"
+        and (quantization == "none" or _multiplies_bytes)
+    )
+
+
+def new_matrix(weight_OI: Tensor, bias_O: Tensor | None, scale_O: Tensor | None) -> Any:
+    """A program.Matrix of float32 numbers, or of 8-bit integers and the scales of the outputs."""
+    assert _programs is not None
+    arrays = (None if tensor is None else tensor.numpy() for tensor in (weight_OI, bias_O, scale_O))
+    return _programs.Matrix(*arrays)
+
+
+def multiply(matrix: Any, x_TI: Tensor) -> Tensor:
+    """x Wᵀ + b"""
+    assert _programs is not None
+    x_TI = x_TI if x_TI.stride(1) == 1 else x_TI.contiguous()
+    y_TO = torch.empty(len(x_TI), matrix.num_outputs)
+    if len(x_TI):
+        once = _programs.Program(len(x_TI))
+        once.product(_programs.Rows.of(x_TI.numpy()), matrix, _programs.Rows.of(y_TO.numpy()))
+        once.run(len(x_TI))
+    return y_TO
+
+
+def new_program(capacity: int) -> Any:
+    """A program.Program."""
+    assert _programs is not None
+    return _programs.Program(capacity)
+
+
+def run(
+    program: Any, cos_sin: tuple[Tensor, Tensor] | None, slots_T: Tensor, tables_TW: np.ndarray, lengths_T: np.ndarray
+) -> None:
+    """On as many rows as there are slots."""
+    assert _programs is not None
+    nothing_T = np.empty((len(slots_T), 0), np.float32)
+    cos_TD, sin_TD = (nothing_T, nothing_T) if cos_sin is None else (turn_T1D.numpy()[:, 0] for turn_T1D in cos_sin)
+    queries = _programs.Queries(cos_TD, sin_TD, slots_T.numpy(), tables_TW.astype(np.int64), lengths_T)
+    program.run(len(slots_T), queries)
+
+
 def quantize_rows(x_TI: Tensor, levels: float, zero: float, least_scale: float) -> tuple[Tensor, Tensor]:
     """As layers.products.quantize_rows."""
     assert _kernels is not None
@@ -177,7 +246,7 @@ def attend(
     """Query i over the first lengths[i] tokens of the blocks tables[i], as attention.singles; in parts of the N · K pairs of a
     query and a key-value head, which threads share."""
     assert _kernels is not None
-    arrays = (q_NHD.numpy(), _cache(kv_layer), tables_NW.numpy(), lengths_N.numpy(), scale, out_NHD.numpy())
+    arrays = (q_NHD.numpy(), array(kv_layer), tables_NW.numpy(), lengths_N.numpy(), scale, out_NHD.numpy())
     attend_part = _kernels.attend
 
     def compute(part: slice) -> None:

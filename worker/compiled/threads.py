@@ -6,6 +6,8 @@ The parts must release the interpreter's lock for most of their time. Threads sl
 
 from __future__ import annotations
 
+import atexit
+import logging
 import queue
 import threading
 from collections.abc import Callable, Sequence
@@ -13,6 +15,8 @@ from itertools import count
 from typing import Any
 
 import torch
+
+log = logging.getLogger(__name__)
 
 
 class _Operation:
@@ -40,7 +44,7 @@ class _Operation:
             self._left.acquire()
 
 
-_waiting: queue.SimpleQueue[_Operation] = queue.SimpleQueue()
+_waiting: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
 _helpers: list[threading.Thread] = []
 
 
@@ -51,18 +55,42 @@ def share(compute: Callable[[Any], None], parts: Sequence[Any]) -> None:
         for part in parts:
             compute(part)
         return
-    while len(_helpers) < helpers:
-        _helpers.append(threading.Thread(target=_help, name="attention", daemon=True))
-        _helpers[-1].start()
     operation = _Operation(compute, parts)
-    for _ in range(helpers):
-        _waiting.put(operation)
+    _call(operation.help, helpers)
     operation.help()
     operation.wait()
     if operation.error is not None:
         raise operation.error
 
 
+def together(prepare: Callable[[], Callable[[], None]]) -> None:
+    """prepare()() here, and on as many other threads as torch has. They may begin late, or when all is done; nobody waits for
+    them to begin or to end. So what is prepared must know what is left to do, and must not fail: preparing may."""
+    compute = prepare()
+    _call(lambda: prepare()(), torch.get_num_threads() - 1)
+    compute()
+
+
+def _call(compute: Callable[[], None], helpers: int) -> None:
+    while len(_helpers) < helpers:
+        _helpers.append(threading.Thread(target=_help, name="helper", daemon=True))
+        _helpers[-1].start()
+    for _ in range(helpers):
+        _waiting.put(compute)
+
+
 def _help() -> None:
-    while True:
-        _waiting.get().help()
+    while (compute := _waiting.get()) is not None:
+        try:
+            compute()
+        except Exception:
+            log.exception("a helping thread")
+
+
+@atexit.register
+def _dismiss() -> None:
+    """A thread that comes back from compiled code to an interpreter that has ended would end the process with SIGABRT."""
+    for _ in _helpers:
+        _waiting.put(None)
+    for helper in _helpers:
+        helper.join()

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 from torch import Tensor, nn
 
-from worker.layers.products import product
+from worker.layers.products import CompiledProduct, product
 from worker.weights import Weights
 
 
@@ -19,6 +20,11 @@ class Linear(nn.Module):
         weight_OI = weights.stack({f"{name}.weight": rows for name, rows in parts.items()}, num_inputs)
         bias_O = weights.stack({f"{name}.bias": rows for name, rows in parts.items()}) if bias else None
         self._product = product(weight_OI, bias_O, weights.quantization, weights.deterministic)
+
+    @property
+    def matrix(self) -> Any:
+        """For programs (worker.compiled), if the product is compiled; else None."""
+        return self._product.matrix if isinstance(self._product, CompiledProduct) else None
 
     def forward(self, x_TI: Tensor) -> Tensor:
         return self._product(x_TI)

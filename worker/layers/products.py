@@ -30,6 +30,8 @@ def product(weight_OI: Tensor, bias_O: Tensor | None, quantization: str, determi
     """The fastest that this device has for the matrix; the tensor is not kept where a packed one takes its place.
     deterministic: the fastest whose rows do not depend on one another, bit for bit."""
     assert quantization in QUANTIZATIONS
+    if compiled.multiplies(weight_OI, quantization):
+        return CompiledProduct(weight_OI, bias_O, quantization)
     if deterministic:
         return TiledProduct(weight_OI, bias_O, quantization)
     if quantization == "int8":
@@ -73,6 +75,19 @@ class PackedProduct:
             x_TI = F.pad(x_TI, (0, 0, 0, _FEWEST_ROWS - rows))
         y_TO = torch.ops.mkldnn._linear_pointwise(x_TI, self._packed, self._bias_O, "none", [], "")
         return y_TO[:rows]
+
+
+class CompiledProduct:
+    """x Wᵀ + b by compiled loops, in float32 or as Int8Product. A row's bits do not depend on the other rows."""
+
+    def __init__(self, weight_OI: Tensor, bias_O: Tensor | None, quantization: str) -> None:
+        scale_O = None
+        if quantization == "int8":
+            weight_OI, scale_O = quantize_weight(weight_OI)
+        self.matrix = compiled.new_matrix(weight_OI, bias_O, scale_O)
+
+    def __call__(self, x_TI: Tensor) -> Tensor:
+        return compiled.multiply(self.matrix, x_TI)
 
 
 class TiledProduct:

@@ -17,6 +17,7 @@ from worker.layers.embedding import Embedding, Head
 from worker.layers.linear import Linear
 from worker.layers.norm import LayerNorm
 from worker.model_config import ModelConfig
+from worker.models.recorded import Recorded, record_opt
 from worker.weights import Weights
 
 _POSITION_OFFSET = 2  # the first two rows of the position table belong to padding
@@ -38,6 +39,7 @@ class Opt(nn.Module):
         self.norm = _norm(config, weights, f"{name}.final_layer_norm") if config.opt.has_final_layer_norm else None
         self.head = Head(weights, "lm_head", self.embedding, config.tie_word_embeddings)
         self.num_parameters = weights.num_parameters
+        self._recorded = Recorded(record_opt)
 
     @torch.inference_mode()
     def forward(
@@ -47,11 +49,14 @@ class Opt(nn.Module):
         if self.project_in is not None:
             hidden_TC = self.project_in(hidden_TC)
         hidden_TC = hidden_TC.add_(self.positions(positions_T + _POSITION_OFFSET))
+        computed_TC = self._recorded.forward(self, hidden_TC, None, attention, kv, inputs)
+        hidden_TC = self._computed(hidden_TC, attention, kv, inputs) if computed_TC is None else computed_TC
+        return hidden_TC if self.project_out is None else self.project_out(hidden_TC)
+
+    def _computed(self, hidden_TC: Tensor, attention: AttentionBackend, kv: KVStorage, inputs: AttentionInputs) -> Tensor:
         for layer, kv_layer in zip(self.layers, kv.layers, strict=True):
             hidden_TC = layer(hidden_TC, attention, kv_layer, inputs)
-        if self.norm is not None:
-            hidden_TC = self.norm(hidden_TC)
-        return hidden_TC if self.project_out is None else self.project_out(hidden_TC)
+        return hidden_TC if self.norm is None else self.norm(hidden_TC)
 
     @torch.inference_mode()
     def logits(self, hidden_NE: Tensor) -> Tensor:
@@ -97,10 +102,10 @@ class MLP(nn.Module):
         super().__init__()
         self.up = Linear(weights, {f"{name}.fc1": config.intermediate_size}, config.hidden_size, config.mlp_bias)
         self.down = Linear(weights, {f"{name}.fc2": config.hidden_size}, config.intermediate_size, config.mlp_bias)
-        self.activation = ACTIVATIONS[config.activation]
+        self.activation = config.activation
 
     def forward(self, x_TC: Tensor) -> Tensor:
-        return self.down(self.activation(self.up(x_TC)))
+        return self.down(ACTIVATIONS[self.activation](self.up(x_TC)))
 
 
 def _norm(config: ModelConfig, weights: Weights, name: str) -> LayerNorm:

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -154,3 +159,28 @@ def test_activations_at_the_ends_of_the_range() -> None:
     got = silu_and_mul(torch.cat((gate, torch.ones_like(gate)), dim=1))
     torch.testing.assert_close(got, F.silu(gate), equal_nan=True)
     torch.testing.assert_close(gelu(gate), F.gelu(gate), equal_nan=True)
+
+
+CHANGED = """
+import torch
+from worker import compiled
+compiled.load()
+print(compiled.rms_norm(torch.ones(1, 4), torch.ones(4), 0.0).tolist())
+"""
+
+
+def test_a_change_in_another_file_is_compiled_anew(tmp_path: Path) -> None:
+    """Of the same size and time: numba looks at the file of the function that is called, and at no other."""
+    shutil.copytree(Path(compiled.__file__).parents[1], tmp_path / "worker", ignore=shutil.ignore_patterns("__pycache__"))
+    source = tmp_path / "worker" / "compiled" / "rows.py"
+
+    def told() -> str:
+        environment = os.environ | {"NUMBA_CACHE_DIR": str(tmp_path / "cache")}
+        command = [sys.executable, "-c", CHANGED]
+        return subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, check=True).stdout
+
+    assert told() == told() == "[[1.0, 1.0, 1.0, 1.0]]\n"
+    before, text = source.stat(), source.read_text()
+    source.write_text(text.replace("factor = np.float32(1)", "factor = np.float32(2)", 1))
+    os.utime(source, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert told() == "[[2.0, 2.0, 2.0, 2.0]]\n"

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -61,3 +64,19 @@ def test_an_error_reaches_the_caller_after_all_parts_have_ended(num_threads: int
         threads.share(compute, range(8))
     threads.share(done.append, [100])
     assert done[-1] == 100
+
+
+ENDING = """
+import time
+from worker.compiled import threads
+threads._call(lambda: (time.sleep(1), print("and came back", flush=True)), 1)
+print("ended", flush=True)
+"""
+
+
+def test_a_process_ends_when_its_helpers_have() -> None:
+    """One that came back from compiled code later found an interpreter that was gone, and ended the process with SIGABRT."""
+    done = subprocess.run(
+        [sys.executable, "-c", ENDING], cwd=Path(__file__).parents[3], capture_output=True, text=True, timeout=120
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "ended\nand came back\n", "")
