@@ -164,7 +164,7 @@ def test_a_server_whose_worker_dies_whose_pool_is_small_and_whose_batch_is_full(
         undisturbed = all_of_them(server, at_a_time=1)
         assert ", deterministic" in server.log()
         with CarouselClient(server.target) as client:
-            assert ", deterministic (" in client.server_info().workers[0].description
+            assert ", deterministic" in client.server_info().workers[0].description
     with running(*options, "--num-blocks", "40", "--no-prefix-caching", "--standby", "1") as server:
         for _ in range(2):
             [*workers] = server.children()["worker"]

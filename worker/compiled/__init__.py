@@ -204,14 +204,11 @@ def new_matrix(weight_OI: Tensor, bias_O: Tensor | None, scale_O: Tensor | None)
 
 
 def multiply(matrix: Any, x_TI: Tensor) -> Tensor:
-    """x Wᵀ + b"""
-    assert _programs is not None
+    """x Wᵀ + b; the matrix's own, whatever has been loaded or unloaded since it was made."""
     x_TI = x_TI if x_TI.stride(1) == 1 else x_TI.contiguous()
     y_TO = torch.empty(len(x_TI), matrix.num_outputs)
     if len(x_TI):
-        once = _programs.Program(len(x_TI))
-        once.product(_programs.Rows.of(x_TI.numpy()), matrix, _programs.Rows.of(y_TO.numpy()))
-        once.run(len(x_TI))
+        matrix.multiply(x_TI.numpy(), y_TO.numpy())
     return y_TO
 
 

@@ -61,6 +61,12 @@ class Matrix:
             self._begin[: self.num_outputs] = -ZERO * weight_OI.sum(axis=1, dtype=np.int32)
             self._scale[: self.num_outputs] = scale_O
 
+    def multiply(self, x_TI: F32, y_TO: F32) -> None:
+        """y = x Wᵀ + b, as a program of its own; one row at least."""
+        once = Program(len(x_TI))
+        once.product(Rows.of(x_TI), self, Rows.of(y_TO))
+        once.run(len(x_TI))
+
     def product(self, x: Rows, x_scales: int, y: Rows, plus: Rows | None) -> list[int]:
         """The operation y = x Wᵀ + b + plus. x_scales: the address of the scales of x's rows."""
         assert x.size >= self.num_inputs and y.size == self.num_outputs
