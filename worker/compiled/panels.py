@@ -32,7 +32,7 @@ ROWS, ROWS_OF_BYTES = _SUMS // WIDE, _SUMS // WIDE_OF_BYTES  # at a time
 
 SCALE_STEP = LINE  # bytes from the scale of a row to that of the next
 _AHEAD = 64 * LINE  # bytes; 0, 1 and 2 KiB take longer
-_INTO_SECOND_LEVEL = 2  # locality, as llvm.prefetch counts
+_INTO_FIRST_LEVEL = 3  # locality, as llvm.prefetch counts
 
 _I32, _I64, _F32 = ir.IntType(32), ir.IntType(64), ir.FloatType()
 _FLOATS, _INTS = ir.VectorType(_F32, LANES), ir.VectorType(_I32, LANES)
@@ -118,7 +118,7 @@ class _Function:
 
     def prefetch(self, address: Any) -> None:
         at = self._builder.inttoptr(address, _POINTER)
-        self._call("llvm.prefetch.p0i8", ir.VoidType(), at, _I32(0), _I32(_INTO_SECOND_LEVEL), _I32(1))
+        self._call("llvm.prefetch.p0i8", ir.VoidType(), at, _I32(0), _I32(_INTO_FIRST_LEVEL), _I32(1))
 
     def load_stored(self, address: Any, of_halves: bool) -> Any:
         """A register of the cache's numbers, float32 or bfloat16."""

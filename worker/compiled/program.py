@@ -27,7 +27,6 @@ _PART = 1 << 18  # bytes of a matrix that a thread takes at a time: some 15 µs
 _FEWEST_PARTS = 8  # of an operation, where it has so many
 _NUMBERS = 1 << 12  # that a thread takes of an operation that computes row by row
 _SECOND_LEVEL = 1 << 18  # bytes of rows that a product keeps near: a quarter of the cache
-_TOGETHER, _MANY = 8, 256  # rows whose attention a thread computes one after the other, if there are many: often of one prompt
 _APART = LINE  # bytes between rows: those as long as a power of two would share the cache's lines
 
 
@@ -107,7 +106,7 @@ class Program:
         self._operations: list[list[int]] = []
         self._scratch: dict[str, Rows] = {}
         self._held: list[Any] = []  # all that operations have the address of
-        self._group = 1  # query heads of a key-value head
+        self._heads = 1  # of queries
         self._stored = _FLOAT  # a number of the cache, of its kind
         self._written: I64 | None = None
 
@@ -195,9 +194,9 @@ class Program:
         keys, values = (half.ctypes.data for half in kv_2PKSD)
         shape = (num_heads, kv_heads, size, block)
         operation = [walk.ATTEND, qkv.address, qkv.step, *shape, keys, values, blocks, y.address, y.step, _bits(scale)]
-        self._append(operation, _TOGETHER if self.capacity > _MANY else 1)
+        self._append(operation, 1)
         self._held += [qkv, kv_2PKSD, y]
-        self._group, self._stored = max(self._group, num_heads // kv_heads), kv_2PKSD.reshape(-1)[:1]
+        self._heads, self._stored = max(self._heads, num_heads), kv_2PKSD.reshape(-1)[:1]
 
     def _by_rows(self, kind: int, x: Rows, *more: int) -> None:
         self._append([kind, x.address, x.step, *more], max(1, _NUMBERS // x.size))
@@ -221,7 +220,7 @@ class Program:
         longest = -(-int(queries.lengths_T.max()) // LANES) * LANES
 
         def prepare() -> Callable[[], None]:
-            scratch = np.empty((self._group, longest), np.float32), np.empty(walk.WIDE_KEYS, np.float32)
+            scratch = np.empty((self._heads, longest), np.float32), np.empty(walk.WIDE_KEYS, np.float32)
             return lambda: compute(*arguments, queries.lengths_T, *scratch, self._stored)
 
         threads.together(prepare)

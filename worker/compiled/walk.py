@@ -60,7 +60,8 @@ COLUMNS = 20  # of an operation
 COUNTERS = 16  # numbers of an operation, of which two are used: each on a line of its own
 _TAKEN, _DONE = 0, 8
 
-_AHEAD = 64  # tokens whose keys and values are asked for before their turn
+_SOON = 1 << 14  # bytes between the keys or values that attention reads and those that it asks for
+_FEW = 4  # rows that threads share; of fewer, they share the heads
 _WIDEST = 256  # numbers of a head that are computed in panels
 WIDE_KEYS = LANES * _WIDEST  # numbers of a panel's keys
 _SPINS = 2000  # some 50 µs
@@ -182,68 +183,119 @@ def _rotate_and_write(operation, row, cos_D, sin_D, slot, stored):  # type: igno
 
 
 @inlined
-def _attend(operation, n, k, tables_TW, lengths_T, weights_GL, wide_keys, stored):  # type: ignore[no-untyped-def]
-    """Projection with the queries turned, its step, H, K, D, S, keys, values, blocks of the layer, y, its step, scale"""
-    heads, kv_heads, size, block = operation[3], operation[4], operation[5], operation[6]
-    group, scale = heads // kv_heads, _float_of(operation[12])
-    q, out = operation[1] + n * operation[2] + k * group * size * 4, operation[10] + n * operation[11] + k * group * size * 4
+def _attend(operation, n, heads, following, tables_TW, lengths_T, weights_HL, wide_keys, stored):  # type: ignore[no-untyped-def]
+    """Projection with the queries turned, its step, H, K, D, S, keys, values, blocks of the layer, y, its step, scale. Of the
+    key-value heads (first, end) of row n; `following` is (row, its first head) that comes next, row −1: none."""
+    kv_heads, size, block = operation[4], operation[5], operation[6]
     if size % LANES == 0 and size <= _WIDEST and block % LANES == 0:
-        _attend_in_panels(operation, k, q, out, tables_TW[n], lengths_T[n], weights_GL, wide_keys, stored)
+        next_n, next_head = following
+        then = next_head, tables_TW[max(0, next_n)], lengths_T[next_n] if next_n >= 0 else 0
+        _attend_in_panels(operation, n, heads, tables_TW[n], lengths_T[n], then, weights_HL, wide_keys, stored)
         return
+    group, scale = operation[3] // kv_heads, _float_of(operation[12])
     shape = (operation[9], kv_heads, block, size)
     keys, values = carray(_pointer(operation[7]), shape, stored.dtype), carray(_pointer(operation[8]), shape, stored.dtype)
-    q_GD, out_GD = (carray(_pointer(q), (group, size), np.float32), carray(_pointer(out), (group, size), np.float32))
-    attend_head(q_GD, keys[:, k], values[:, k], tables_TW[n], lengths_T[n], scale, weights_GL, out_GD)
+    q, out = operation[1] + n * operation[2], operation[10] + n * operation[11]
+    for k in range(heads[0], heads[1]):
+        of_group = k * group * size * 4
+        q_GD = carray(_pointer(q + of_group), (group, size), np.float32)
+        out_GD = carray(_pointer(out + of_group), (group, size), np.float32)
+        attend_head(q_GD, keys[:, k], values[:, k], tables_TW[n], lengths_T[n], scale, weights_HL, out_GD)
 
 
 @inlined
 def _place(operation, first, k, table_W, at, token):  # type: ignore[no-untyped-def]
     """Where the token `at` of a sequence has its key or value; a token takes so many bytes."""
     block = operation[6]
-    return first + ((table_W[at // block] * operation[4] + k) * block + at % block) * token
+    number = at // block
+    return first + ((table_W[number] * operation[4] + k) * block + at - number * block) * token
 
 
 @inlined
-def _attend_in_panels(operation, k, q, out, table_W, length, weights_GL, wide_keys, stored):  # type: ignore[no-untyped-def]
-    """The same by registers. Scores are computed of slots past the length too, and not used; values there are not read."""
-    kv_heads, size = operation[4], operation[5]
-    group = operation[3] // kv_heads
-    weights, weight_step, row = weights_GL.ctypes.data, weights_GL.strides[0], size * 4
+def _attend_in_panels(operation, n, heads, table_W, length, then, weights_HL, wide_keys, stored):  # type: ignore[no-untyped-def]
+    """The same by registers, panel by panel of sixteen tokens, with the heads of a panel one after the other: so they lie in
+    memory. Scores are computed of slots past the length too, and not used; values there are not read. What is needed `soon`
+    tokens later is asked for meanwhile: keys, then values, then the keys of whoever is next."""
+    size, block, group = operation[5], operation[6], operation[3] // operation[4]
+    (first_head, end_head), (next_head, next_W, next_length) = heads, then
+    row, weight_step = size * 4, weights_HL.strides[0]
+    q, out = operation[1] + n * operation[2], operation[10] + n * operation[11]
+    first_query, end_query = first_head * group, end_head * group
+    weights = weights_HL.ctypes.data - first_query * weight_step
     in_bits = _float_of(operation[12]) * np.float32(LOG2_E)
     token, end = size * stored.itemsize, (length + LANES - 1) // LANES * LANES
+    panel, to_next_head = LANES * token, block * token
+    share = (panel // LINE + group - 1) // group * LINE
+    soon = max(1, _SOON // ((end_head - first_head) * panel)) * LANES
+
     for at in range(0, length, LANES):
-        ahead = at + _AHEAD
-        first, ahead = (operation[7], ahead) if ahead < end else (operation[8], ahead - end)
-        if ahead < end:
-            prefetch_lines(_place(operation, first, k, table_W, ahead, token), LANES * token)
-        keys = _place(operation, operation[7], k, table_W, at, token)
-        if stored.itemsize == 2:
-            widen(keys, LANES * size, wide_keys.ctypes.data)
-            keys = wide_keys.ctypes.data
-        for g in range(group):
-            score_panel(q + g * row, size, keys, in_bits, weights + g * weight_step + at * 4)
-    out_GD = carray(_pointer(out), (group, size), np.float32)
-    for g in range(group):
-        factor = np.float32(1) / softmax(weights_GL[g], length)
+        keys = _place(operation, operation[7], first_head, table_W, at, token)
+        ahead, asked = 0, panel
+        if at + soon < end:
+            ahead = _place(operation, operation[7], first_head, table_W, at + soon, token)
+        elif at + soon - end < end:
+            ahead = _place(operation, operation[8], first_head, table_W, at + soon - end, token)
+        else:
+            asked = 0
+        for h in range(first_query, end_query, group):
+            keys_now = keys
+            if stored.itemsize == 2:
+                widen(keys, LANES * size, wide_keys.ctypes.data)
+                keys_now = wide_keys.ctypes.data
+            part = ahead
+            for g in range(h, h + group):
+                if part < ahead + asked:  # all at once it would hold up what is needed now
+                    prefetch_lines(part, min(share, ahead + asked - part))
+                    part += share
+                score_panel(q + g * row, size, keys_now, in_bits, weights + g * weight_step + at * 4)
+            keys += to_next_head
+            ahead += to_next_head
+    for g in range(end_query - first_query):
+        factor = np.float32(1) / softmax(weights_HL[g], length)
         for at in range(length):
-            weights_GL[g, at] *= factor
-        for d in range(size):
-            out_GD[g, d] = 0
+            weights_HL[g, at] *= factor
+    out_N = carray(_pointer(out + first_query * row), ((end_query - first_query) * size,), np.float32)
+    for i in range(len(out_N)):
+        out_N[i] = 0
     for at in range(0, length, LANES):
-        if at + _AHEAD < end:
-            prefetch_lines(_place(operation, operation[8], k, table_W, at + _AHEAD, token), LANES * token)
-        values, there = _place(operation, operation[8], k, table_W, at, token), min(LANES, length - at)
-        for g in range(0, group, QUERIES):
-            queries, of_queries, to = min(QUERIES, group - g), weights + g * weight_step + at * 4, out + g * row
-            d = 0
-            while d < size:
-                part, sums = values + d * stored.itemsize, to + d * 4
-                if size - d >= WIDE_VALUES * LANES:
-                    weigh_wide_panel(queries, of_queries, weight_step, part, size, there, sums, row, stored)
-                    d += WIDE_VALUES * LANES
-                else:
-                    weigh_panel(queries, of_queries, weight_step, part, size, there, sums, row, stored)
-                    d += LANES
+        ahead, asked = 0, panel
+        if at + soon < end:
+            ahead = _place(operation, operation[8], first_head, table_W, at + soon, token)
+        elif at + soon - end < next_length:
+            ahead = _place(operation, operation[7], next_head, next_W, at + soon - end, token)
+        else:
+            asked = 0
+        values, there = _place(operation, operation[8], first_head, table_W, at, token), min(LANES, length - at)
+        for h in range(first_query, end_query, group):
+            if asked > 0:
+                prefetch_lines(ahead, asked)
+            for g in range(h, h + group, QUERIES):
+                queries, of_queries, to = min(QUERIES, h + group - g), weights + g * weight_step + at * 4, out + g * row
+                d = 0
+                while d < size:
+                    numbers, sums = values + d * stored.itemsize, to + d * 4
+                    if size - d >= WIDE_VALUES * LANES:
+                        weigh_wide_panel(queries, of_queries, weight_step, numbers, size, there, sums, row, stored)
+                        d += WIDE_VALUES * LANES
+                    else:
+                        weigh_panel(queries, of_queries, weight_step, numbers, size, there, sums, row, stored)
+                        d += LANES
+            values += to_next_head
+            ahead += to_next_head
+
+
+@inlined
+def _heads_each(operation, rows):  # type: ignore[no-untyped-def]
+    """Key-value heads whose attention of a row is one part."""
+    return operation[4] if rows >= _FEW else 1
+
+
+@inlined
+def _row_and_heads(operation, part, rows):  # type: ignore[no-untyped-def]
+    """Those of a part of attention, the heads as (first, end)."""
+    heads_each = _heads_each(operation, rows)
+    ways = operation[4] // heads_each
+    return part // ways, (part % ways * heads_each, (part % ways + 1) * heads_each)
 
 
 @inlined
@@ -306,15 +358,15 @@ def _parts(operation, rows):  # type: ignore[no-untyped-def]
     if kind in (PRODUCT, PRODUCT_OF_BYTES):
         return (operation[5] + operation[6] - 1) // operation[6] * ((rows + operation[13] - 1) // operation[13])
     if kind == ATTEND:
-        return (rows + operation[COLUMNS - 1] - 1) // operation[COLUMNS - 1] * operation[4]
+        return rows * (operation[4] // _heads_each(operation, rows))
     return (rows + operation[COLUMNS - 1] - 1) // operation[COLUMNS - 1]
 
 
 def _walk(  # type: ignore[no-untyped-def]
-    program_PX, counters_PX, rows, cos_TD, sin_TD, slots_T, tables_TW, lengths_T, weights_GL, wide_keys, stored
+    program_PX, counters_PX, rows, cos_TD, sin_TD, slots_T, tables_TW, lengths_T, weights_HL, wide_keys, stored
 ):
     """Computes with whoever else does so with the same counters, zeros at first; returns when all is done. `stored`: any
-    numbers of the kind that the cache holds, float32 or the bits of bfloat16; weights_GL and wide_keys
+    numbers of the kind that the cache holds, float32 or the bits of bfloat16; weights_HL and wide_keys
     [WIDE_KEYS]: this thread's own."""
     for p in range(len(program_PX)):
         operation = program_PX[p]
@@ -322,12 +374,14 @@ def _walk(  # type: ignore[no-untyped-def]
         taken, done = counters_PX[p, _TAKEN:].ctypes.data, counters_PX[p, _DONE:].ctypes.data
         part = _increment(taken)
         while part < parts:
+            following = _increment(taken) if kind == ATTEND else 0  # known beforehand, so that memory can be asked for it
             if kind in (PRODUCT, PRODUCT_OF_BYTES):
                 _product_part(operation, part, rows)
             elif kind == ATTEND:
-                first = part // operation[4] * each
-                for row in range(first, min(rows, first + each)):
-                    _attend(operation, row, part % operation[4], tables_TW, lengths_T, weights_GL, wide_keys, stored)
+                row, heads = _row_and_heads(operation, part, rows)
+                next_row, (next_head, _) = _row_and_heads(operation, following, rows)
+                then = next_row if following < parts else -1, next_head
+                _attend(operation, row, heads, then, tables_TW, lengths_T, weights_HL, wide_keys, stored)
             else:
                 for row in range(part * each, min(rows, (part + 1) * each)):
                     if kind == RMS_NORM:
@@ -343,7 +397,7 @@ def _walk(  # type: ignore[no-untyped-def]
                     else:
                         _rotate_and_write(operation, row, cos_TD[row], sin_TD[row], slots_T[row], stored)
             _increment(done)
-            part = _increment(taken)
+            part = following if kind == ATTEND else _increment(taken)
         spins = 0
         while _read(done) < parts:
             spins += 1
