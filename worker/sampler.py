@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from wire.messages import I32
-from worker import philox
+from worker import compiled, philox
 from worker.sampling_columns import SamplingRows
 
 F32 = NDArray[np.float32]
@@ -31,7 +31,7 @@ def sample(logits_NV: Tensor, rows: SamplingRows, one_by_one: bool = False) -> I
     """The tokens [N]. `logits_NV` is float32 and ours to write to. A row with a NaN or an infinite best gets its argmax.
     one_by_one: what filters add up of a row is the same, to the last digit, whatever the other rows are."""
     adjust(logits_NV, rows)
-    best_N, token_N = logits_NV.max(dim=-1)
+    best_N, token_N = compiled.best(logits_NV) if compiled.finds_best(logits_NV) else logits_NV.max(dim=-1)
     tokens = token_N.cpu().numpy().astype(np.int32)
     at_random = (rows.temperature >= GREEDY_BELOW) & np.isfinite(best_N.cpu().numpy())
     chosen = np.flatnonzero(at_random)

@@ -11,7 +11,7 @@ import numba
 import numpy as np
 from numba import float32, int64, uint8, uint16, void
 
-from worker.compiled.rows import attend_head, compiled, put_all, quantize, rms_norm_of, turn
+from worker.compiled.rows import attend_head, best_of, compiled, put_all, quantize, rms_norm_of, turn
 
 VERSION = numba.__version__
 
@@ -66,6 +66,12 @@ def norm_heads(qkv_TAD, first, end, weight_D, eps):  # type: ignore[no-untyped-d
     for i in range(len(qkv_TAD)):
         for h in range(first, end):
             rms_norm_of(qkv_TAD[i, h], weight_D, eps, qkv_TAD[i, h])
+
+
+@compiled(void(_Rows, _Vector, int64[::1]))
+def best(x_NV, best_N, at_N):  # type: ignore[no-untyped-def]
+    for i in range(len(x_NV)):
+        best_N[i], at_N[i] = best_of(x_NV[i])
 
 
 @compiled(void(_Rows, float32, float32, float32, uint8[:, ::1], _Rows))

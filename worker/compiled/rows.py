@@ -165,6 +165,33 @@ def quantize(x_C, levels, zero, least_scale, y_C):  # type: ignore[no-untyped-de
     return scale + most * np.float32(0)
 
 
+_RUN = 1024  # numbers
+
+
+@inlined
+def best_of(x_C):  # type: ignore[no-untyped-def]
+    """The largest number and where it first stands; NaN is above all. By bits that have the order of the numbers, run by run:
+    vector code, and where it stands is then looked for in one run."""
+    best, begin = np.float32(-math.inf), 0
+    for first in range(0, len(x_C), _RUN):
+        of_run = x_C[first : first + _RUN]
+        bits_R, most, most_without_sign = of_run.view(np.int32), np.int32(-0x80000000), np.int32(0)
+        for j in range(len(bits_R)):
+            bits = bits_R[j]
+            most_without_sign = max(most_without_sign, np.int32(bits & np.int32(0x7FFFFFFF)))
+            most = max(most, np.int32(bits ^ np.int32(np.int32(bits >> np.int32(31)) & np.int32(0x7FFFFFFF))))
+        if most_without_sign > np.int32(0x7F800000):
+            for j in range(len(of_run)):
+                if of_run[j] != of_run[j]:
+                    return of_run[j], first + j
+        number = np.int32(most ^ ((most >> np.int32(31)) & np.int32(0x7FFFFFFF))).view(np.float32)
+        if number > best:
+            best, begin = number, first
+    while x_C[begin] != best:
+        begin += 1
+    return best, begin
+
+
 @inlined
 def power_of_two(x):  # type: ignore[no-untyped-def]
     """2ˣ for x of at most 127, and 2⁻¹²⁶ for x below −126: by its whole part, which becomes the exponent's bits, and the Taylor

@@ -46,6 +46,17 @@ def test_norms(rows: int, size: int) -> None:
     assert torch.equal(residual, total), "the sum is left in its place"
 
 
+@pytest.mark.parametrize(("rows", "size"), [(1, 1), (3, 7), (64, 5000), (2, 49152), (5, 1024), (5, 1025)])
+def test_the_best_of_rows(rows: int, size: int) -> None:
+    x = random(rows, size).round()  # so that several are the best
+    for logits in (x, -x.abs(), x * torch.inf, torch.full_like(x, -torch.inf), x * 0, torch.where(x == 1, -torch.nan, x)):
+        best, at = compiled.best(logits)
+        expected, _ = logits.max(dim=1)
+        assert torch.equal(best.nan_to_num(1e9), expected.nan_to_num(1e9))
+        same = torch.where(expected.isnan()[:, None], logits.isnan(), logits == expected[:, None])
+        assert torch.equal(at, same.int().argmax(dim=1)), "the first of them"
+
+
 def test_a_norm_of_many_dimensions_is_over_the_last() -> None:
     x, weight = random(4, 3, 32), random(32)
     torch.testing.assert_close(compiled.rms_norm(x, weight, 1e-6), F.rms_norm(x, (32,), weight, 1e-6))
