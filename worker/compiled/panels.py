@@ -1,5 +1,4 @@
-"""Products with a matrix in tiles of sixteen outputs (32 of bytes): one instruction multiplies an input of a row with a whole
-line of a tile, or with half of one.
+"""Products with a matrix in tiles of 32 outputs: one instruction multiplies an input of a row with half of a line of a tile.
 
 The sums of up to ROWS rows of a tile stay in registers while the tile passes by once, in the order in which it lies in memory,
 and lines are asked for ahead of their turn: so reading and multiplying overlap, and a product takes the longer of the two.
@@ -26,9 +25,10 @@ LINE = 64  # bytes, of the cache and of a register
 LANES = 16  # float32 numbers, or 32-bit sums, of a register
 FOLD = 4  # 8-bit inputs that an instruction multiplies and adds up
 _SUMS = 24  # registers for sums, of 32
-WIDE = 1  # registers that hold a line of a tile of float32 numbers, and of bytes
-WIDE_OF_BYTES = 2
-ROWS, ROWS_OF_BYTES = _SUMS // WIDE, _SUMS // WIDE_OF_BYTES  # at a time
+WIDE = (
+    2  # registers that hold a line of a tile: with one, loads are as many as multiplications, and at times take twice as long
+)
+ROWS = _SUMS // WIDE  # at a time
 
 SCALE_STEP = LINE  # bytes from the scale of a row to that of the next
 _AHEAD = 64 * LINE  # bytes; 0, 1 and 2 KiB take longer
@@ -51,10 +51,10 @@ HAS_BYTES = HAS_FLOATS and bool(_features().get("avx512vnni"))
 
 
 def packed(matrix_OI: np.ndarray) -> np.ndarray:
-    """float32 or int8 in tiles, zeros where the last one has no output: [⌈O / 16⌉, L, 16] or [⌈O / 32⌉, L, 32, 4]. Tile t holds
-    the outputs from 16 t (32 t) on; a line, one input (or four) of all of them."""
+    """float32 or int8 in tiles, zeros where the last one has no output: [⌈O / 32⌉, L, 32] or [⌈O / 32⌉, L, 32, 4]. Tile t holds
+    the outputs from 32 t on; a line, one input (or four) of all of them."""
     outputs, inputs = matrix_OI.shape
-    fold, wide = (FOLD, WIDE_OF_BYTES * LANES) if matrix_OI.dtype == np.int8 else (1, WIDE * LANES)
+    fold, wide = FOLD if matrix_OI.dtype == np.int8 else 1, WIDE * LANES
     tiles, lines = -(-outputs // wide), -(-inputs // fold)
     packed_TLOF = aligned((tiles, lines, wide, fold), matrix_OI.dtype)
     if outputs % wide or inputs % fold:
@@ -174,14 +174,14 @@ def _sums(
     return sums
 
 
-def _tile_lines(builder: Any, function: _Function, tile: Any, of: Any, wide: int) -> Any:
+def _tile_lines(builder: Any, function: _Function, tile: Any, of: Any) -> Any:
     """Of a matrix; lines further on are asked for."""
 
     def line_at(line: Any) -> list[Any]:
-        at = builder.add(tile, builder.mul(line, _I64(wide * LINE)))
-        for i in range(wide):
+        at = builder.add(tile, builder.mul(line, _I64(WIDE * LINE)))
+        for i in range(WIDE):
             function.prefetch(builder.add(at, _I64(i * LINE + _AHEAD)))
-        return _vectors(builder, at, of, wide)
+        return _vectors(builder, at, of, WIDE)
 
     return line_at
 
@@ -198,10 +198,10 @@ def _for_each_number_of_rows(builder: Any, rows: Any, most: int, panel: Any) -> 
     builder.position_at_end(end)
 
 
-def _first_lanes(builder: Any, count: Any, wide: int) -> list[Any]:
-    """1 in the first `count` lanes of so many registers, else 0."""
+def _first_lanes(builder: Any, count: Any) -> list[Any]:
+    """1 in the first `count` lanes of WIDE registers, else 0."""
     last = _lanes(builder, builder.trunc(count, _I32), _INTS)
-    numbers = [ir.Constant(_INTS, list(range(i * LANES, (i + 1) * LANES))) for i in range(wide)]
+    numbers = [ir.Constant(_INTS, list(range(i * LANES, (i + 1) * LANES))) for i in range(WIDE)]
     return [builder.icmp_signed("<", these, last) for these in numbers]
 
 
@@ -216,10 +216,10 @@ def multiply_panel(  # type: ignore[no-untyped-def]
     def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         rows, x, x_step, tile, lines, bias, plus, plus_step, plus_outputs, y, y_step, outputs = arguments
         function = _Function(builder)
-        to_add, to_store = (_first_lanes(builder, count, WIDE) for count in (plus_outputs, outputs))
+        to_add, to_store = (_first_lanes(builder, count) for count in (plus_outputs, outputs))
 
         def panel(n: int) -> None:
-            line_at = _tile_lines(builder, function, tile, _FLOATS, WIDE)
+            line_at = _tile_lines(builder, function, tile, _FLOATS)
             begins = [_vectors(builder, bias, _FLOATS, WIDE)] * n
             x_rows = [_row(builder, x, x_step, row) for row in range(n)]
             for row, totals in enumerate(_sums(builder, function, x_rows, line_at, lines, begins)):
@@ -245,14 +245,14 @@ def multiply_panel_of_bytes(  # type: ignore[no-untyped-def]
         rows, x, x_step, x_scales, tile, lines, begins, w_scales, bias, plus, plus_step, plus_outputs, *to = arguments
         y, y_step, outputs = to
         function = _Function(builder)
-        to_add, to_store = (_first_lanes(builder, count, WIDE_OF_BYTES) for count in (plus_outputs, outputs))
+        to_add, to_store = (_first_lanes(builder, count) for count in (plus_outputs, outputs))
 
         def panel(n: int) -> None:
-            line_at = _tile_lines(builder, function, tile, _INTS, WIDE_OF_BYTES)
-            begin = [_vectors(builder, begins, _INTS, WIDE_OF_BYTES)] * n
+            line_at = _tile_lines(builder, function, tile, _INTS)
+            begin = [_vectors(builder, begins, _INTS, WIDE)] * n
             x_rows = [_row(builder, x, x_step, row) for row in range(n)]
             sums = _sums(builder, function, x_rows, line_at, lines, begin, bytes_=True)
-            of_outputs, biases = (_vectors(builder, address, _FLOATS, WIDE_OF_BYTES) for address in (w_scales, bias))
+            of_outputs, biases = (_vectors(builder, address, _FLOATS, WIDE) for address in (w_scales, bias))
             for row, totals in enumerate(sums):
                 of_row = _lanes(builder, _load(builder, builder.add(x_scales, _I64(SCALE_STEP * row)), _F32, 4), _FLOATS)
                 from_row, to_row = _row(builder, plus, plus_step, row), _row(builder, y, y_step, row)
@@ -262,7 +262,7 @@ def multiply_panel_of_bytes(  # type: ignore[no-untyped-def]
                     scaled = function.multiply_and_add(builder.sitofp(total, _FLOATS), scale, biases[i])
                     function.store_some(builder.fadd(scaled, more), builder.add(to_row, _I64(i * LINE)), to_store[i])
 
-        _for_each_number_of_rows(builder, rows, ROWS_OF_BYTES, panel)
+        _for_each_number_of_rows(builder, rows, ROWS, panel)
         return context.get_dummy_value()
 
     return types.void(*[types.int64] * 16), code

@@ -25,10 +25,8 @@ from worker.compiled.panels import (
     LINE,
     QUERIES,
     ROWS,
-    ROWS_OF_BYTES,
     SCALE_STEP,
     WIDE,
-    WIDE_OF_BYTES,
     WIDE_VALUES,
     multiply_panel,
     multiply_panel_of_bytes,
@@ -312,19 +310,18 @@ def _product_part(operation, part, rows):  # type: ignore[no-untyped-def]
     )
     bias, plus, plus_step, y, y_step = operation[7], operation[8], operation[9], operation[10], operation[11]
     of_bytes = operation[0] == PRODUCT_OF_BYTES
-    wide, most = (WIDE_OF_BYTES, ROWS_OF_BYTES) if of_bytes else (WIDE, ROWS)
     groups = (num_tiles + each - 1) // each
     first_row, group = part // groups * operation[13], part % groups
     end_row = min(rows, first_row + operation[13])
-    panels = (end_row - first_row + most - 1) // most
+    panels = (end_row - first_row + ROWS - 1) // ROWS
     height = (end_row - first_row + panels - 1) // panels
     if plus == 0:
         adds, plus, plus_step = 0, y, y_step
     else:
         adds = 1
     for t in range(group * each, min(num_tiles, (group + 1) * each)):
-        tile, at = tiles + t * lines * LINE * wide, t * LINE * wide
-        outputs = min(wide * LANES, operation[12] - t * wide * LANES)
+        tile, at = tiles + t * lines * LINE * WIDE, t * LINE * WIDE
+        outputs = min(WIDE * LANES, operation[12] - t * WIDE * LANES)
         for row in range(first_row, end_row, height):
             count = min(height, end_row - row)
             from_x, from_plus, to_y = x + row * x_step, plus + row * plus_step + at, y + row * y_step + at
