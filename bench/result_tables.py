@@ -78,6 +78,7 @@ _ENGINES = {
     "carousel": "Carousel, float32",
     "carousel-int8": "Carousel, int8",
     "openvino-fp32": "OpenVINO GenAI, float32",
+    "openvino-fp32-kv32": "OpenVINO GenAI, float32, keys and values too",
     "openvino-int8": "OpenVINO GenAI, int8",
     "vllm": "vLLM on CPU, float32",
     "llamacpp-f16": "llama.cpp server, f16",

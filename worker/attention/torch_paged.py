@@ -72,7 +72,8 @@ class TorchPagedAttention:
         _, _, num_kv_heads, block_size, head_dim = kv_layer.shape
         size = len(group.pages) * block_size * head_dim
         if self._scratch.numel() < size or self._scratch.dtype != kv_layer.dtype or self._scratch.device != kv_layer.device:
-            self._scratch = torch.empty(size, dtype=kv_layer.dtype, device=kv_layer.device)
+            with torch.inference_mode(False):  # it may be written to again where that mode is not on
+                self._scratch = torch.empty(size, dtype=kv_layer.dtype, device=kv_layer.device)
         gathered = self._scratch[:size].view(len(group.pages), block_size * head_dim)
         torch.index_select(kv_layer.view(-1, block_size * head_dim), 0, group.pages, out=gathered)
         gathered.view(-1, head_dim).index_fill_(0, group.stale, 0)
