@@ -22,7 +22,7 @@ SIZE = Size(
     long_prompt=64,
     long_prompts=1,
     together=4,
-    together_tokens=8,
+    together_tokens=64,
 )
 
 
