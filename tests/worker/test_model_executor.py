@@ -271,8 +271,8 @@ def quantized(checkpoint: Path, request: pytest.FixtureRequest) -> ModelExecutor
 
 
 def sure(executor: ModelExecutor, tokens: list[int]) -> list[int]:
-    """Those that must be the same however prompts are cut. In bfloat16 attention rounds differently by that, and where two logits
-    are as near to each other, either may be drawn."""
+    """Those that must be the same however prompts are cut. In bfloat16 attention rounds differently by that, and where two
+    logits are as near to each other, either may be drawn."""
     return tokens[:8] if executor.facts.dtype == "bfloat16" else tokens
 
 
