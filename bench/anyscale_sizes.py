@@ -100,10 +100,10 @@ class Size:
 CPU = Size(
     SHAPES["llama-30m"],
     divisor=4,
-    requests=96,
+    requests=192,
     baseline_requests=48,
     rounds=3,
-    latency_requests=100,
+    latency_requests=150,
     latency_rounds=2,
     all_kv_tokens=64 * 512,
 )

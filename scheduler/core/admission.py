@@ -13,8 +13,6 @@ from wire.messages import I32
 if TYPE_CHECKING:
     from scheduler.core.core import Core
 
-_WATERMARK = 100  # one block in so many stays free at admission, for the growth of those running
-
 
 @dataclass(slots=True)
 class Place:
@@ -79,12 +77,13 @@ def tokens_to_place(core: Core, sequence: Sequence) -> int:
 
 def spare_blocks(core: Core) -> int:
     """Blocks that stay available at an admission, for the growth of those running: in this step and the next, so that nobody is
-    admitted who would be preempted at once, and then some."""
+    admitted who would be preempted at once, and half a block for each row, which is what they grow by in the steps of half a
+    block: by then somebody may have ended."""
     slots = core.rows.in_order()
     if not len(slots) or core.policy.reserves_outputs:
         return 0
     growing = int(np.count_nonzero(core.kv.full(slots, core.rows.num_computed[slots] + 1)))
-    return max(1 + growing, core.kv.pool.num_blocks // _WATERMARK)
+    return max(1 + growing, len(slots) // 2)
 
 
 def passes_quota(core: Core, tenant: int, num_blocks: int) -> bool:

@@ -186,14 +186,15 @@ def test_beside_running_rows_one_block_stays_free_at_admission(prompt: int, admi
 
 
 @pytest.mark.parametrize(
-    ("num_blocks", "prompt", "admitted"), [(100, 97, True), (200, 197, True), (200, 198, False), (299, 296, True)]
+    ("running", "prompt", "admitted"), [(2, 16, True), (2, 17, False), (6, 8, True), (6, 9, False), (7, 8, True)]
 )
-def test_the_watermark_is_one_block_in_a_hundred(num_blocks: int, prompt: int, admitted: bool) -> None:
-    facts = worker_facts(num_blocks=num_blocks, block_size=1, max_model_len=1000, max_step_tokens=1000)
-    core = CoreDriver(CoreConfig(max_step_tokens=1000), facts)
-    core.accepted([1], 9, request_id="a")
-    core.accepted(range(prompt), 1, request_id="b")
-    assert ("b" in core.next_rows()) == admitted
+def test_the_watermark_is_half_a_block_for_each_running_row(running: int, prompt: int, admitted: bool) -> None:
+    facts = worker_facts(num_blocks=running + 5, block_size=4, max_batch_rows=16)
+    core = CoreDriver(CoreConfig(), facts)
+    for row in range(running):
+        core.accepted([row + 1], 9, request_id=str(row))
+    core.accepted(range(prompt), 1, request_id="late")
+    assert ("late" in core.next_rows()) == admitted, f"of 5 blocks {max(1, running // 2)} are spare"
 
 
 def test_the_first_request_may_take_the_whole_pool() -> None:

@@ -525,7 +525,7 @@ def test_who_is_protected_waits_until_all_its_blocks_are_there() -> None:
 @pytest.mark.parametrize("most", [1, 2, 3])
 @pytest.mark.parametrize("swap_ns", [0, 1])
 def test_nobody_is_preempted_more_often_than_that(most: int, swap_ns: int) -> None:
-    core = driver(8, max_preemptions=most, host=6, swap_ns=swap_ns)
+    core = driver(9, max_preemptions=most, host=6, swap_ns=swap_ns)
     learn(core)
     requests = [core.accepted([i], 30, priority=1 + i % 3) for i in range(7)]
     core.finish()
