@@ -31,11 +31,15 @@ def sample(logits_NV: Tensor, rows: SamplingRows, one_by_one: bool = False) -> I
     """The tokens [N]. `logits_NV` is float32 and ours to write to. A row with a NaN or an infinite best gets its argmax.
     one_by_one: what filters add up of a row is the same, to the last digit, whatever the other rows are."""
     adjust(logits_NV, rows)
-    best_N, token_N = compiled.best(logits_NV) if compiled.finds_best(logits_NV) else logits_NV.max(dim=-1)
+    in_loops = compiled.samples(logits_NV)
+    best_N, token_N = compiled.best(logits_NV) if in_loops else logits_NV.max(dim=-1)
     tokens = token_N.cpu().numpy().astype(np.int32)
     at_random = (rows.temperature >= GREEDY_BELOW) & np.isfinite(best_N.cpu().numpy())
     chosen = np.flatnonzero(at_random)
-    if len(chosen):
+    if len(chosen) and in_loops:
+        columns = (rows.temperature, rows.top_k, rows.top_p, rows.min_p, rows.seed, rows.position, rows.output_index)
+        tokens[chosen] = compiled.draw(logits_NV, chosen, [column[chosen] for column in columns])
+    elif len(chosen):
         scores_MV = _scaled(logits_NV, rows, chosen)
         for part in parts(len(chosen), one_by_one):
             keep(scores_MV[part], rows.top_k[chosen[part]], rows.top_p[chosen[part]], rows.min_p[chosen[part]])

@@ -1,5 +1,7 @@
 """Sampling: the right distribution, transformers' filters, the same draw in any company, the fast way equal to the slow one."""
 
+from collections.abc import Iterator
+
 import numpy as np
 import pytest
 import torch
@@ -11,9 +13,19 @@ from transformers.generation.logits_process import (
     TopPLogitsWarper,
 )
 
-from worker import philox
+from worker import compiled, philox
 from worker.sampler import adjust, adjust_slowly, draw, keep, keep_slowly, sample, sample_slowly, whole_noise
 from worker.sampling_columns import Entries, SamplingRows
+
+
+@pytest.fixture(autouse=True, params=["torch", "loops"])
+def way(request: pytest.FixtureRequest) -> Iterator[None]:
+    if request.param == "loops":
+        pytest.importorskip("numba")
+        compiled.load()
+    yield
+    compiled.unload()
+
 
 NOTHING = (np.empty(0, np.intp), np.empty(0, np.intp))
 
@@ -90,8 +102,8 @@ def test_greedy_rows_take_the_best_token_and_ties_go_to_the_lowest_id() -> None:
     assert sample(scores, rows(3, temperature=0.0)).tolist() == [1, 0, 3]
 
 
-@pytest.mark.parametrize("vocab", [3, 64, 101, 3001])
-@pytest.mark.parametrize("spread", [0.01, 1.0, 4.0, 30.0])
+@pytest.mark.parametrize("vocab", [1, 3, 64, 101, 3001, 49152])
+@pytest.mark.parametrize("spread", [0.0, 0.01, 1.0, 4.0, 30.0])
 def test_fast_sampling_equals_its_slow_twin(vocab: int, spread: float) -> None:
     parameters = mixed_rows(48, seed=vocab)
     scores = logits(48, vocab, spread)
@@ -103,6 +115,31 @@ def test_ties_among_the_perturbed_scores_and_coarse_logits_equal_the_slow_twin()
     scores[:, 100:200] = scores[:, :1]
     parameters = mixed_rows(64, seed=5)
     assert sample(scores.clone(), parameters).tolist() == sample_slowly(scores, parameters).tolist()
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        [3e38, -3e38, 1.0, -torch.inf],
+        [-torch.inf, -torch.inf, -7.0, -torch.inf],
+        [1e-45, 0.0, -0.0, 2e-45],
+        [1e34, 1e33, -1e34, 0.0],
+        [5.0, 5.0, 5.0, 5.0],
+        [-1e30, -1e30, -2e30, -torch.inf],
+    ],
+)
+@pytest.mark.parametrize("temperature", [1.0, 2e-5])
+@pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
+def test_scores_of_any_size(row: list[float], temperature: float) -> None:
+    scores, parameters = torch.tensor([row * 3] * 48), mixed_rows(48, seed=5)
+    parameters.temperature[parameters.temperature == 1] = temperature
+    slow = [int(token) for token in sample_slowly(scores, parameters)]
+    fast = sample(scores.clone(), parameters).tolist()
+    with np.errstate(over="ignore"):
+        is_finite = np.isfinite(scores[:, 0].numpy() / np.maximum(parameters.temperature, 1e-5))
+    for i in range(48):
+        assert fast[i] == slow[i] or not is_finite[i]
+        assert scores[i, fast[i]] > -torch.inf
 
 
 def test_a_nucleus_wider_than_the_first_try_is_found_whole() -> None:

@@ -85,8 +85,8 @@ def fits(x: Tensor) -> bool:
     )
 
 
-def finds_best(x_NV: Tensor) -> bool:
-    """Whether loops are to look for the best of its rows, and can."""
+def samples(x_NV: Tensor) -> bool:
+    """Whether loops are to look for the best of its rows and to draw, and can."""
     return _kernels is not None and x_NV.dtype is torch.float32 and x_NV.device.type == "cpu" and x_NV.is_contiguous()
 
 
@@ -96,6 +96,20 @@ def best(x_NV: Tensor) -> tuple[Tensor, Tensor]:
     best_N, at_N = torch.empty(len(x_NV)), torch.empty(len(x_NV), dtype=torch.int64)
     _kernels.best(x_NV.numpy(), best_N.numpy(), at_N.numpy())  # on one thread: 64 rows take less time than waking another
     return best_N, at_N
+
+
+def draw(logits_NV: Tensor, row_M: np.ndarray, columns: Sequence[np.ndarray]) -> np.ndarray:
+    """The tokens of these rows, as sampler.sample draws them; columns: temperature, top_k, top_p, min_p, seed, position and
+    output_index of each."""
+    assert _kernels is not None
+    *parameters, position_M, output_index_M = columns
+    token_M = np.empty(len(row_M), np.int64)
+    of_rows = (row_M, *parameters, position_M.astype(np.uint32), output_index_M.astype(np.uint32), token_M)
+    size = max(1, _DRAWN_SHARE // logits_NV.shape[1])
+    parts = [tuple(column[at : at + size] for column in of_rows) for at in range(0, len(row_M), size)]
+    logits, draw_rows = logits_NV.numpy(), _kernels.draw
+    threads.share(lambda part: draw_rows(logits, *part), parts)
+    return token_M.astype(np.int32)
 
 
 def activates(x_TF: Tensor) -> bool:
@@ -120,6 +134,7 @@ def gelu(x_TF: Tensor) -> Tensor:
 
 
 _LEAST_SHARE = 1 << 14  # numbers of an operation on each thread: some 100 µs
+_DRAWN_SHARE = 1 << 18  # logits of rows that draw: some 500 µs
 
 
 def _share_rows(compute: Callable[[np.ndarray, np.ndarray], None], x: Tensor, out: Tensor) -> None:

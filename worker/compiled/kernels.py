@@ -1,16 +1,20 @@
 """The loops over rows, compiled by numba when they are first called (rows.Loop). One thread each; attention takes parts, for
 several (threads.py).
 
-Legend: T rows, C numbers of a row, A = H + 2K heads of a fused projection, N queries, H query heads, K key-value
-heads, D head size, P blocks of the layer, S tokens of a block, W blocks of the widest table.
+Legend: T rows, C numbers of a row, A = H + 2K heads of a fused projection, N queries or rows of logits, M of these that draw, V
+vocabulary, H query heads, K key-value heads, D head size, P blocks of the layer, S tokens of a block, W blocks of the widest
+table.
 """
 
 from __future__ import annotations
 
+import math
+
 import numba
 import numpy as np
-from numba import float32, int64, uint8, uint16, void
+from numba import float32, int32, int64, uint8, uint16, uint32, uint64, void
 
+from worker.compiled.draws import BINS, GROUPS, LANES, draw_of, edge_of
 from worker.compiled.rows import attend_head, best_of, compiled, put_all, quantize, rms_norm_of, turn
 
 VERSION = numba.__version__
@@ -72,6 +76,34 @@ def norm_heads(qkv_TAD, first, end, weight_D, eps):  # type: ignore[no-untyped-d
 def best(x_NV, best_N, at_N):  # type: ignore[no-untyped-def]
     for i in range(len(x_NV)):
         best_N[i], at_N[i] = best_of(x_NV[i])
+
+
+@compiled(
+    void(
+        *(_Rows, int64[::1], _Vector, int32[::1], _Vector, _Vector),
+        *(uint64[::1], uint32[::1], uint32[::1], int64[::1]),
+    )
+)
+def draw(logits_NV, row_M, temperature_M, top_k_M, top_p_M, min_p_M, seed_M, position_M, output_index_M, token_M):  # type: ignore[no-untyped-def]
+    """The tokens of some of the rows."""
+    vocab = logits_NV.shape[1]
+    scores_V, near_V, bins_V = np.empty(vocab, np.float32), np.empty(vocab, np.float32), np.empty(vocab, np.int32)
+    counts_B, masses_B = np.empty(BINS + 1, np.int64), np.empty(BINS + 1, np.float64)
+    words_4G = np.empty((LANES, GROUPS), np.uint32)
+    for i in range(len(row_M)):
+        logits_V, temperature = logits_NV[row_M[i]], temperature_M[i]
+        for j in range(vocab):
+            scores_V[j] = logits_V[j] / temperature
+        top, token = best_of(scores_V)
+        if not top < np.float32(math.inf):  # divided by so little that it is infinite now
+            token_M[i] = token
+            continue
+        edge = np.float32(-3.4e38)
+        if 0 < top_k_M[i] < vocab or top_p_M[i] < np.float32(1):
+            edge = edge_of(scores_V, top, top_k_M[i], top_p_M[i], bins_V, near_V, counts_B, masses_B)
+        if min_p_M[i] > np.float32(0):
+            edge = max(edge, np.float32(np.float64(top) + math.log(np.float64(min_p_M[i]))))
+        token_M[i] = draw_of(scores_V, top, token, edge, seed_M[i], position_M[i], output_index_M[i], words_4G)
 
 
 @compiled(void(_Rows, float32, float32, float32, uint8[:, ::1], _Rows))

@@ -217,14 +217,19 @@ def silu_and_mul_of(gate_F, up_F, y_F):  # type: ignore[no-untyped-def]
 
 
 @inlined
-def softmax(scores_L, length):  # type: ignore[no-untyped-def]
-    """2^(score − the largest), in place, and their sum; NaN if a score is none or infinite. The largest is found by bits that
-    have the order of the numbers."""
-    bits_L, most_bits = scores_L.view(np.int32), np.int32(-0x80000000)
+def highest_of(x_L, length):  # type: ignore[no-untyped-def]
+    """The largest number, if none is NaN. By bits that have the order of the numbers, which is vector code."""
+    bits_L, most = x_L.view(np.int32), np.int32(-0x80000000)
     for at in range(length):
         bits = bits_L[at]
-        most_bits = max(most_bits, np.int32(bits ^ np.int32(np.int32(bits >> np.int32(31)) & np.int32(0x7FFFFFFF))))
-    most = np.int32(most_bits ^ ((most_bits >> np.int32(31)) & np.int32(0x7FFFFFFF))).view(np.float32)
+        most = max(most, np.int32(bits ^ np.int32(np.int32(bits >> np.int32(31)) & np.int32(0x7FFFFFFF))))
+    return np.int32(most ^ ((most >> np.int32(31)) & np.int32(0x7FFFFFFF))).view(np.float32)
+
+
+@inlined
+def softmax(scores_L, length):  # type: ignore[no-untyped-def]
+    """2^(score − the largest), in place, and their sum; NaN if a score is none or infinite."""
+    most = highest_of(scores_L, length)
     total, poison = np.float32(0), np.float32(0)
     for at in range(length):
         poison += scores_L[at] * np.float32(0)
