@@ -52,7 +52,7 @@ class Part:
 # By value: what does not fit into the time is at the end.
 PARTS = (
     Part("environment", "environment", "run", 45, "versions, copy bandwidth, matrix product"),
-    Part("suites", "suites", "run", 85, "the kernels' tests, on the GPU"),
+    Part("suites", "suites", "run", 110, "the kernels' tests, on the GPU"),
     Part("parity", "parity", "run", 75, "the engine against transformers"),
     Part("kernels", "kernels", "run", 75, "G9, G10, the other kernels"),
     Part("8b", "serving", "run_8b", 170, "Llama-3-8B: start, G8, G6, G16, G4, G11, G15, G14"),

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from wire import LogprobRun, Logprobs, LogprobsHeader, StepPlan
 from worker import kernels
+from worker.gpu.streams import to_device
 from worker.sequences import Sequences, StepRows
 
 _PART = 64  # prompt tokens whose logits are in memory together
@@ -60,7 +61,7 @@ def of_prompts(told: Told, sequences: Sequences, rows: StepRows, hidden_TC: Tens
         for position in range(first, end, _PART):
             until = min(position + _PART, end)
             logits_NV = logits(hidden_TC[begin + position - first : begin + until - first])
-            token_ids = torch.from_numpy(sequences.tokens[slot, position + 1 : until + 1].copy())
+            token_ids = to_device(sequences.tokens[slot, position + 1 : until + 1], logits_NV.device)
             num_best = int(sequences.columns.prompt_logprobs[slot])
             told.add(slot, position + 1, logits_NV, log_sum_exp(logits_NV, told.one_by_one), token_ids, num_best)
 
@@ -71,7 +72,8 @@ class OfDraws:
     def __init__(self, sequences: Sequences, rows: StepRows, logits_NV: Tensor) -> None:
         self._num_best = sequences.columns.logprobs[rows.slots[rows.drawing[: rows.num_sampled]]]
         self._asked = np.flatnonzero(self._num_best >= 0)
-        self._logits_MV = logits_NV[self._asked] if len(self._asked) else logits_NV[:0]  # a copy
+        # A copy. By indices that are on the device: for others everybody would wait.
+        self._logits_MV = logits_NV[to_device(self._asked, logits_NV.device)] if len(self._asked) else logits_NV[:0]
 
     def tell(self, told: Told, rows: StepRows, tokens_N: Tensor) -> None:
         if not len(self._asked):

@@ -33,7 +33,8 @@ def run(check: Check) -> None:
 
 
 def _all(check: Check) -> Iterator[Figure]:
-    files = [path for folder in _FOLDERS for path in sorted((_ROOT / folder).glob("test_*.py")) if path.name != _OFFLINE]
+    files = [path for folder in _FOLDERS for path in (_ROOT / folder).glob("test_*.py") if path.name != _OFFLINE]
+    files.sort(key=lambda path: path.stat().st_size, reverse=True)  # those that take long begin early
     if not files:
         raise RuntimeError("the tests are not here: they are in the repository, not in what is installed")
     if check.tiny:

@@ -141,6 +141,16 @@ class TritonPagedAttention:
         return out_THD
 
 
+def rehearse(kv_layer: Tensor, shape: AttentionShape) -> None:
+    """Launches both prefill variants, for a tile that is none: which of them a step takes depends on how many tiles it has."""
+    q_1HD = torch.empty(1, shape.num_heads, shape.head_dim, dtype=shape.dtype, device=shape.device)
+    zeros = torch.zeros(2, dtype=torch.int32, device=shape.device)
+    numbers = (zeros[:1, None], zeros[:1], zeros, zeros[:1] - 1, zeros[:1])
+    for few in (False, True):
+        config = prefill_config(shape.group, shape.head_dim, shape.dtype.itemsize, shape.gpu, few=few)
+        paged_attention(q_1HD, kv_layer, torch.empty_like(q_1HD), None, *numbers, scale=1.0, num_splits=1, config=config)
+
+
 def attend(
     q_THD: Tensor,
     kv_layer: Tensor,

@@ -22,14 +22,14 @@ from torch import Tensor
 from wire import PlanHeader, ResultHeader, SamplingSpec, SequenceStart, StepFailed, StepPlan, StepResult
 from wire.messages import I32
 from worker.attention.base import AttentionInputs
-from worker.attention.triton_paged import AttentionPlan, AttentionShape, TritonPagedAttention, gpu_of
+from worker.attention.triton_paged import AttentionPlan, AttentionShape, TritonPagedAttention, gpu_of, rehearse
 from worker.executor import Deliver, failure, one_line
 from worker.gpu.blocks import DeviceBlocks
 from worker.gpu.draw import Lists, draw
 from worker.gpu.graphs import Graphs, sizes_up_to
 from worker.gpu.inputs import Sizes, StepInputs, cut, put, step_inputs
 from worker.gpu.state import DeviceState, has_long_list
-from worker.gpu.streams import CudaStreams, Fetched, HostStreams, Streams, to_device
+from worker.gpu.streams import CudaStreams, Fetched, HostStreams, Streams, is_of_memory, to_device
 from worker.kernels.prepare import gather_tables, prepare_tokens, write_tables
 from worker.loading import Loaded
 from worker.logprobs import OfDraws, Told, of_prompts
@@ -93,7 +93,10 @@ class GpuExecutor:
 
     def _rehearse(self) -> None:
         """A step of every kind, so that what can't work fails before the hello, and no kernel is compiled while somebody
-        waits for it: a long chunk; a short one, with all that can be asked for, beside a decode; decodes."""
+        waits for it: attention of few and of many prompts; a long chunk; one token, with all that can be asked for, beside a
+        decode; decodes."""
+        with torch.inference_mode():
+            rehearse(self._kv.layers[0], self._shape)
         facts, block_size = self.facts, self.facts.block_size
         blocks = np.arange(1, min(facts.num_blocks, self._table_width) + 1, dtype=np.int32)
         long = min(facts.max_step_tokens, facts.max_model_len - 2, len(blocks[:-1]) * block_size - 2)
@@ -239,7 +242,7 @@ class GpuExecutor:
     def _answer(self, step: _Launched, deliver: Deliver) -> None:
         tokens, duration_ns = step.fetched.wait()
         header = step.plan.header
-        with torch.inference_mode():
+        with torch.inference_mode(), self._streams.beside():
             logprobs = step.told.message(step.plan)
         if logprobs is not None:
             deliver(logprobs)
@@ -247,9 +250,16 @@ class GpuExecutor:
         deliver(StepResult(ResultHeader(header.group, header.epoch, header.step_id, duration_ns), tokens, slots))
 
     def _give_up_if_lost(self, error: Exception) -> None:
-        """After an error of the device itself, unlike one of memory, nothing works in this process any more."""
-        if isinstance(error, torch.AcceleratorError) and not isinstance(error, torch.OutOfMemoryError):
-            log.critical("the GPU is lost: %s", one_line(error))
+        """After an error of the device itself, unlike one of memory, nothing works in this process any more. Libraries tell of
+        it in errors of their own; the device says so at every call."""
+        if is_of_memory(error):
+            return
+        try:
+            if isinstance(error, torch.AcceleratorError):
+                raise error
+            self._streams.synchronize()
+        except Exception as lost:
+            log.critical("the GPU is lost: %s", one_line(lost))
             self._exit_process(_LOST)
 
 

@@ -11,19 +11,21 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from kvcache.sizing import GIB, SizingError, format_bytes
-from kvcache.storage import KVStorage
+from kvcache.sizing import SizingError, format_bytes
+from kvcache.storage import STAGE_BYTES, KVStorage
 from worker.attention.base import AttentionInputs
 from worker.attention.triton_paged import TritonPagedAttention
 from worker.config import ConfigError, WorkerConfig
 from worker.gpu.draw import draw
+from worker.gpu.graphs import sizes_up_to
 from worker.gpu.state import DeviceState
 from worker.model_config import ModelConfig
 from worker.models import Model
 
 OLDEST = (8, 0)  # compute capability; before it there is no bfloat16 and no asynchronous copy to shared memory
 HEAD_DIMS = range(32, 257, 16)
-_KERNELS_BYTES = GIB // 4  # compiled kernels, captured graphs, the libraries' workspaces
+_GRAPH_BYTES = 8 << 20  # of a captured step, in the driver; a guess until it has been measured
+_WORKSPACES = 64 << 20  # of libraries, for the stream that captures
 _SPARE = 0.01  # of the whole: fragments
 
 
@@ -32,20 +34,22 @@ class Budget:
     """Bytes."""
 
     total: int  # of the device
-    free: int  # with the weights loaded
+    free: int  # with weights, kernels and libraries loaded
     largest_step: int  # what it takes at its peak
     state: int  # by slot: tables, parameters, counted tokens
+    others: int  # captured steps, workspaces, blocks on their way to the host and back
 
     @property
     def for_cache(self) -> int:
         """The largest step's memory is needed twice: captured steps keep theirs."""
-        return self.free - 2 * self.largest_step - self.state - _KERNELS_BYTES - int(_SPARE * self.total)
+        return self.free - 2 * self.largest_step - self.state - self.others - int(_SPARE * self.total)
 
     def __str__(self) -> str:
         used = self.total - self.free
         return (
             f"of {format_bytes(self.total)}: {format_bytes(used)} weights and others, 2 × {format_bytes(self.largest_step)} "
-            f"largest step, {format_bytes(self.state)} state, {format_bytes(max(0, self.for_cache))} left for the KV cache"
+            f"largest step, {format_bytes(self.state)} state, {format_bytes(self.others)} captured steps and others, "
+            f"{format_bytes(max(0, self.for_cache))} left for the KV cache"
         )
 
 
@@ -81,10 +85,15 @@ def measure(model: Model, shape: ModelConfig, config: WorkerConfig, dtype: torch
             f"of {tokens:,} tokens: lower --max-step-tokens or --max-batch-rows"
         ) from None
     peak = torch.cuda.max_memory_allocated(device) - before
-    budget = Budget(total, free, peak - kept, state.num_bytes)
+    state_bytes = state.num_bytes
     del state
     torch.cuda.empty_cache()
-    return budget
+    free = min(free, torch.cuda.mem_get_info(device)[0])  # kernels and libraries were loaded by the step
+    return Budget(total, free, peak - kept, state_bytes, others_bytes(rows, config.swap_bytes != 0))
+
+
+def others_bytes(num_rows: int, swaps: bool) -> int:
+    return len(sizes_up_to(num_rows)) * _GRAPH_BYTES + _WORKSPACES + 2 * STAGE_BYTES * swaps
 
 
 @torch.inference_mode()

@@ -7,6 +7,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Protocol
 
 import numpy as np
@@ -26,6 +27,11 @@ def to_device(array: np.ndarray, device: torch.device) -> Tensor:
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.clone()
 
 
+def is_of_memory(error: Exception) -> bool:
+    """Whether it ended; the driver's own words come as another type than the allocator's."""
+    return isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error)
+
+
 class Fetched(Protocol):
     def wait(self) -> tuple[I32, int]:
         """Blocks until the step is done: its tokens, and the nanoseconds that the device took for it. From any thread."""
@@ -43,6 +49,9 @@ class Streams(Protocol):
 
     def fetch(self, tokens_N: Tensor) -> Fetched:
         """The step that was begun ends with these tokens; they may be overwritten by what is launched next."""
+
+    def beside(self) -> AbstractContextManager[object]:
+        """For what is done with a step that is over, while the next one runs."""
 
     def capture(self, launch: Callable[[], None]) -> Replay:
         """What `launch` does on the device, as one launch. It must read and write the same memory each time."""
@@ -97,13 +106,23 @@ class CudaStreams:
         kept.record_stream(self._side)
         return _CudaFetched(pinned, self._began, ended, arrived)
 
+    def beside(self) -> AbstractContextManager[object]:
+        return torch.cuda.stream(self._side)
+
     def capture(self, launch: Callable[[], None]) -> Replay:
         self._capturing.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._capturing):
             launch()  # libraries make their workspaces, kernels are loaded
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool, stream=self._capturing):
-            launch()
+        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+        try:
+            with torch.cuda.graph(graph, pool=self._pool, stream=self._capturing):
+                launch()
+            graph.replay()  # the first one brings it to the device
+        except torch.AcceleratorError as error:
+            torch.cuda.set_stream(stream)  # where instantiating fails, torch leaves the other one
+            if is_of_memory(error):
+                raise torch.OutOfMemoryError(str(error)) from None
+            raise
         self._pool = self._pool or graph.pool()
         return graph.replay
 
@@ -117,7 +136,8 @@ class _CudaFetched:
 
     def wait(self) -> tuple[I32, int]:
         self._arrived.synchronize()
-        return self._tokens.numpy(), int(1e6 * self._began.elapsed_time(self._ended))
+        tokens = self._tokens.numpy().copy()  # pinned memory goes back to where the next step gets its own
+        return tokens, int(1e6 * self._began.elapsed_time(self._ended))
 
 
 class HostStreams:
@@ -137,6 +157,9 @@ class HostStreams:
 
     def fetch(self, tokens_N: Tensor) -> Fetched:
         return _HostFetched(tokens_N.clone().numpy(), time.perf_counter_ns() - self._began_ns)
+
+    def beside(self) -> AbstractContextManager[object]:
+        return nullcontext()
 
     def capture(self, launch: Callable[[], None]) -> Replay:
         launch()

@@ -32,6 +32,7 @@ class Compiled(msgspec.Struct, frozen=True):
     registers: int  # of a thread (on AMD: vector registers, accumulation registers among them)
     spills: int  # bytes of a thread's stack (on AMD: registers)
     shared: int  # bytes of a program
+    narrow: int = 0  # loads of two bytes from global memory, where alignment is not known (on AMD: not counted)
 
 
 def compile_variant(
@@ -46,7 +47,8 @@ def compile_variant(
     binary = binary_of(kernel, signature, constexprs, num_warps, num_stages, target)
     if target.backend == "hip":
         return _of_amdgcn(binary.asm["amdgcn"], binary.metadata.shared)
-    return _of_cubin(binary.asm["cubin"], binary.metadata.shared)
+    narrow = len(re.findall(r"ld\.global[^;]*b16", binary.asm["ptx"]))
+    return _of_cubin(binary.asm["cubin"], binary.metadata.shared, narrow)
 
 
 def binary_of(
@@ -75,7 +77,7 @@ def binary_of(
     return triton.compile(source, target=target, options={"num_warps": num_warps, "num_stages": num_stages})
 
 
-def _of_cubin(cubin: bytes, shared: int) -> Compiled:
+def _of_cubin(cubin: bytes, shared: int, narrow: int) -> Compiled:
     """By the cuobjdump that comes with triton: ` Function f:  REG:62 STACK:0 SHARED:0 LOCAL:0 …`, bytes of spilled registers
     in STACK."""
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
@@ -84,7 +86,7 @@ def _of_cubin(cubin: bytes, shared: int) -> Compiled:
         file.flush()
         said = subprocess.run([tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True).stdout
     registers, stack = (int(re.search(rf"{word}:(\d+)", said)[1]) for word in ("REG", "STACK"))  # type: ignore[index]
-    return Compiled(registers, stack, shared)
+    return Compiled(registers, stack, shared, narrow)
 
 
 def _of_amdgcn(assembly: str, shared: int) -> Compiled:

@@ -94,7 +94,8 @@ def _attention(name: str, shape: Shape, config: AttentionConfig, *, partial: boo
         **dict.fromkeys(("q_ptr", "k_ptr", "v_ptr"), "*bf16"),
         **dict.fromkeys(("out_ptr", "lse_ptr"), "*fp32" if partial else "*bf16"),
         **dict.fromkeys(("block_tables_ptr", "context_lens_ptr", "query_start_ptr", "tile_row_ptr", "tile_first_ptr"), "*i32"),
-        **dict.fromkeys(("q_stride", "table_stride", "num_places", "window"), "i32"),
+        "q_stride": "i32:16",
+        **dict.fromkeys(("table_stride", "num_places", "window"), "i32"),
         "scale_log2e": "fp32",
     }
     constants = config.constants(shape.num_kv_heads, shape.group, shape.head_dim, BLOCK_SIZE, windowed=False, partial=partial)

@@ -17,8 +17,11 @@ from tests.helpers.checkpoints import make_checkpoint
 from tests.helpers.plans import GREEDY, PlanMaker
 from wire import Logprobs, SamplingSpec, StepFailed, StepPlan, StepResult
 from worker import kernels
+from worker.attention import triton_paged
 from worker.config import WorkerConfig
 from worker.gpu.executor import GpuExecutor
+from worker.kernels.heuristics import AttentionConfig, decode_config, prefill_config
+from worker.kernels.paged_attention import paged_attention
 from worker.loading import load
 from worker.model_executor import ModelExecutor
 
@@ -206,14 +209,43 @@ def test_a_step_that_fails_is_told_in_its_turn_and_a_reset_heals(pair: Pair, mon
     pair.check(maker.plan(), maker.plan())
 
 
-def test_a_lost_device_ends_the_process(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("error", "says_so_later", "status"),
+    [
+        (torch.AcceleratorError("CUDA error: unspecified launch failure"), True, [3]),
+        (RuntimeError("Triton Error [CUDA]: an illegal memory access was encountered"), True, [3]),
+        (RuntimeError("of no device"), False, []),
+        (torch.OutOfMemoryError("CUDA out of memory"), True, []),
+        (torch.AcceleratorError("CUDA error: out of memory"), True, []),
+    ],
+)
+def test_a_lost_device_ends_the_process(
+    error: Exception, says_so_later: bool, status: list[int], pair: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def lost(*_: object) -> torch.Tensor:
-        raise torch.AcceleratorError("CUDA error: unspecified launch failure")
+        raise error
 
     exits: list[int] = []
+    if says_so_later:
+        monkeypatch.setattr(pair.fast._streams, "synchronize", lost)
     maker = pair.reset()
     maker.start(0, prompt(5))
     monkeypatch.setattr(pair.fast, "_exit_process", exits.append)
     monkeypatch.setattr(pair.fast._model, "forward", lost)
     pair.fast.submit(maker.plan(), pair.answers.put)
-    assert isinstance(pair.answers.get(timeout=60), StepFailed) and exits == [3]
+    assert isinstance(pair.answers.get(timeout=60), StepFailed) and exits == status
+
+
+def test_a_start_launches_every_variant_of_attention(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    launched: set[AttentionConfig] = set()
+
+    def launch(*arguments: object, config: AttentionConfig, **options: object) -> None:
+        launched.add(config)
+        paged_attention(*arguments, config=config, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(triton_paged, "paged_attention", launch)
+    pair.reset()
+    pair.fast._rehearse()
+    shape = pair.fast._shape
+    size = (shape.group, shape.head_dim, shape.dtype.itemsize, shape.gpu)
+    assert launched == {decode_config(*size), prefill_config(*size, few=False), prefill_config(*size, few=True)}

@@ -10,23 +10,28 @@ import pytest
 import torch
 
 from kvcache.sizing import GIB, PoolSize, SizingError
-from kvcache.storage import KVStorage
+from kvcache.storage import STAGE_BYTES, KVStorage
 from tests.helpers.checkpoints import make_checkpoint
 from worker import loading
 from worker.config import ConfigError, WorkerConfig
 from worker.gpu import memory
-from worker.gpu.memory import Budget, check_head_dim
+from worker.gpu.memory import Budget, check_head_dim, others_bytes
 from worker.gpu.state import DeviceState
 from worker.models import load_model
 
 
 def test_the_cache_gets_what_nobody_else_needs() -> None:
-    budget = Budget(total=100 * GIB, free=80 * GIB, largest_step=2 * GIB, state=GIB)
+    budget = Budget(total=100 * GIB, free=80 * GIB, largest_step=2 * GIB, state=GIB, others=GIB // 4)
     assert budget.for_cache == 80 * GIB - 4 * GIB - GIB - GIB // 4 - GIB
     assert str(budget) == (
         "of 100.00 GiB: 20.00 GiB weights and others, 2 × 2.00 GiB largest step, 1.00 GiB state, "
-        "73.75 GiB left for the KV cache"
+        "256 MiB captured steps and others, 73.75 GiB left for the KV cache"
     )
+
+
+def test_more_rows_capture_more_steps_and_swaps_take_staging() -> None:
+    assert others_bytes(512, swaps=False) > others_bytes(8, swaps=False) > 0
+    assert others_bytes(8, swaps=True) - others_bytes(8, swaps=False) == 2 * STAGE_BYTES
 
 
 @pytest.mark.parametrize("size", [16, 24, 33, 272])

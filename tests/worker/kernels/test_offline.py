@@ -34,7 +34,7 @@ def test_no_variant_takes_more_than_agreed(target: str) -> None:
     more = {
         name: (took, agreed[name])
         for name, took in now.items()
-        if took["spills"] > agreed[name]["spills"]
+        if any(took[what] > agreed[name][what] for what in ("spills", "narrow"))
         or any(took[what] > SLACK * agreed[name][what] for what in ("registers", "shared"))
     }
     assert not more
@@ -49,6 +49,11 @@ def test_a_launch_finds_what_was_compiled_offline() -> None:
 def test_nothing_is_agreed_on_that_spills() -> None:
     spills = {(target, name) for target, rows in TABLE["targets"].items() for name, row in rows.items() if row["spills"]}
     assert not spills
+
+
+def test_attention_reads_sixteen_bytes_at_a_time() -> None:
+    for rows in TABLE["targets"].values():
+        assert {row["narrow"] for name, row in rows.items() if name.startswith(("decode", "prefill"))} == {0}
 
 
 def test_the_table_is_small() -> None:
