@@ -138,7 +138,7 @@ def test_prefix_hits_in_a_pool_that_keeps_evicting(case: Case) -> None:
 
 
 def test_preempted_by_recompute_with_what_the_cache_still_has(case: Case) -> None:
-    loop = case.loop(num_blocks=20, max_batch_rows=8)
+    loop = case.loop(num_blocks=16, max_batch_rows=8)
     case.run_all(loop)
     counters = loop.core.counters
     assert counters.preemptions > 3 and counters.swapped_blocks == 0
@@ -149,7 +149,7 @@ def test_preempted_by_recompute_with_what_the_cache_still_has(case: Case) -> Non
 @pytest.mark.parametrize("num_host_blocks", [200, 9])
 def test_preempted_by_swap(case: Case, num_host_blocks: int) -> None:
     """With room on the host for all, and for some."""
-    loop = case.loop(num_blocks=20, num_host_blocks=num_host_blocks, max_batch_rows=8)
+    loop = case.loop(num_blocks=16, num_host_blocks=num_host_blocks, max_batch_rows=8)
     case.run_all(loop)
     counters = loop.core.counters
     assert counters.preemptions > 3 and counters.swapped_blocks > 0
@@ -158,7 +158,7 @@ def test_preempted_by_swap(case: Case, num_host_blocks: int) -> None:
 
 
 def test_swapped_without_prefix_cache(case: Case) -> None:
-    loop = case.loop(num_blocks=20, num_host_blocks=200, max_batch_rows=8)
+    loop = case.loop(num_blocks=16, num_host_blocks=200, max_batch_rows=8)
     wanted = {}
     for number, reference in enumerate(case.references):
         wanted[loop.add(case.prompts[number], case.max_tokens[number])] = reference
@@ -188,9 +188,9 @@ def drawn(case: Case) -> dict[int, list[Reference]]:
     "pools",
     [
         dict(num_blocks=300),
-        dict(num_blocks=20, max_batch_rows=8),
-        dict(num_blocks=20, num_host_blocks=200, max_batch_rows=8),
-        dict(num_blocks=20, num_host_blocks=6, max_batch_rows=7),
+        dict(num_blocks=16, max_batch_rows=8),
+        dict(num_blocks=16, num_host_blocks=200, max_batch_rows=8),
+        dict(num_blocks=16, num_host_blocks=6, max_batch_rows=7),
         dict(num_blocks=300, policy="static"),
         dict(num_blocks=300, policy="prefill_first"),
     ],
@@ -234,7 +234,7 @@ def test_eight_outputs_hold_the_prompt_once(case: Case) -> None:
 
 
 def test_after_a_workers_death_with_outputs_that_share_and_some_swapped(case: Case, drawn: dict[int, list[Reference]]) -> None:
-    loop, wanted = case.loop(num_blocks=20, num_host_blocks=200, max_batch_rows=8), {}
+    loop, wanted = case.loop(num_blocks=16, num_host_blocks=200, max_batch_rows=8), {}
     for number, references in drawn.items():
         handles = loop.add_many(case.prompts[number], 24, SEEDED, num_outputs=NUM_OUTPUTS, salt="")
         wanted |= dict(zip(handles, references, strict=True))

@@ -126,6 +126,7 @@ def test_ties_among_the_perturbed_scores_and_coarse_logits_equal_the_slow_twin()
         [1e34, 1e33, -1e34, 0.0],
         [5.0, 5.0, 5.0, 5.0],
         [-1e30, -1e30, -2e30, -torch.inf],
+        [1.0, 0.5, -1e9, -70.0],
     ],
 )
 @pytest.mark.parametrize("temperature", [1.0, 2e-5])

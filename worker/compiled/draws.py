@@ -18,10 +18,7 @@ BINS = 1024
 GROUPS = 64  # whose words are made at a time
 LANES = philox.LANES
 _RUN = 256  # scores
-_LEAST, _MOST = (
-    np.float32(1e-30),
-    np.float32(1e30),
-)  # what lies between scores: what is nearer or farther apart ties or has no mass
+_LEAST, _MOST = np.float32(1e-30), np.float32(64)  # that bins divide; what is farther below the best has no mass
 _M0, _M1 = np.uint64(0xD2511F53), np.uint64(0xCD9E8D57)  # as philox.py has them
 _W0, _W1 = np.uint32(0x9E3779B9), np.uint32(0xBB67AE85)
 _32 = np.uint64(32)
@@ -83,15 +80,16 @@ def _mass(score, top):  # type: ignore[no-untyped-def]
 
 @inlined
 def _fill(scores_V, top, bins_per_score, bins_V, counts_B, masses_B):  # type: ignore[no-untyped-def]
-    """How many scores lie in each bin, from the best on, and their mass; which one, score by score."""
+    """How many scores lie in each bin, from the best on, and their mass; which bin, score by score (−inf: one behind all)."""
     masses_R = np.empty(_RUN, np.float32)
     counts_B[:] = 0
     masses_B[:] = 0
     for first in range(0, len(scores_V), _RUN):
         scores_R, bins_R = scores_V[first : first + _RUN], bins_V[first : first + _RUN]
         for i in range(len(scores_R)):
-            below = min(top - scores_R[i], np.float32(10) * _MOST)
-            bins_R[i] = np.int32(min(below * bins_per_score, np.float32(BINS)))
+            below = min(top - scores_R[i], _MOST)
+            b = np.int32(min(below * bins_per_score, np.float32(BINS - 1)))
+            bins_R[i] = b if scores_R[i] > np.float32(-math.inf) else np.int32(BINS)
             masses_R[i] = power_of_two(below * np.float32(-LOG2_E))
         for i in range(len(scores_R)):
             b = bins_R[i]
