@@ -71,7 +71,7 @@ def test_the_engine_on_the_kernels_gives_the_tokens_of_transformers(
     model_dir = make_checkpoint(tmp_path, architecture, **HEADS[architecture])
     rng = random.Random("opt")
     prompts = [[rng.randrange(256) for _ in range(rng.randint(1, 22))] for _ in range(6)]
-    max_tokens = [rng.randint(8, 24) for _ in prompts]
+    max_tokens = [rng.randint(16, 40) for _ in prompts]
     kernels.unload()
     references = greedy(model_dir, prompts, max_tokens)
     kernels.load()
