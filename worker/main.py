@@ -12,8 +12,9 @@ import logging
 import os
 import signal
 import sys
+import threading
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from datetime import UTC, datetime
 from typing import NoReturn
@@ -29,6 +30,7 @@ from worker.model_config import ModelError
 
 log = logging.getLogger(__name__)
 
+_ENDS = {int(signal.SIGTERM): 0, int(signal.SIGINT): 130}  # exit status
 SUPERVISOR_PID = "CAROUSEL_SUPERVISOR_PID"  # in the environment of a worker that the scheduler's supervisor starts
 _PR_SET_PDEATHSIG = 1
 
@@ -126,7 +128,7 @@ def make_executor(config: WorkerConfig) -> Executor:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     _obey_the_supervisor()
-    signal.signal(signal.SIGTERM, lambda *_: os._exit(0))  # nothing here is worth a tidy end
+    _end_at(_ENDS)  # nothing here is worth a tidy end
     config, log_level, log_format = parse(sys.argv[1:] if arguments is None else arguments)
     _log_to_stderr(log_level, log_format)
     try:
@@ -158,7 +160,7 @@ def _obey_the_supervisor() -> None:
     nothing is done), and Ctrl-C, which a terminal sends to the whole foreground, is left to the supervisor."""
     supervisor = os.environ.get(SUPERVISOR_PID)
     if supervisor is None:
-        signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+        signal.signal(signal.SIGINT, _heard)
         return
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
@@ -167,6 +169,26 @@ def _obey_the_supervisor() -> None:
         return
     if os.getppid() != int(supervisor):  # it died before the line above
         os._exit(1)
+
+
+def _heard(*_: object) -> None:
+    """Python writes the number to the wakeup descriptor as the signal comes, and calls this when the main thread next can."""
+
+
+def _end_at(ends: Mapping[int, int]) -> None:
+    """Ends the process at these signals. A thread waits for them: the main thread may be about to sleep in a poll, which a
+    signal that came just before does not wake, or be busy in a step."""
+    signal.signal(signal.SIGTERM, _heard)
+    reads, writes = os.pipe()
+    os.set_blocking(writes, False)
+    signal.set_wakeup_fd(writes, warn_on_full_buffer=False)
+
+    def wait() -> None:
+        while (number := os.read(reads, 1)[0]) not in ends:
+            pass
+        os._exit(ends[number])
+
+    threading.Thread(target=wait, name="signals", daemon=True).start()
 
 
 class _JsonFormatter(logging.Formatter):

@@ -300,3 +300,15 @@ def test_as_json_its_lines_have_the_keys_of_the_schedulers() -> None:
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
     told = json.loads(done.stderr)
     assert told.keys() == {"time", "role", "pid", "level", "message"} and told["message"] == '3 "ü"'
+
+
+def test_a_signal_ends_it_though_the_main_thread_sleeps_where_no_signal_wakes_it() -> None:
+    """As in a poll that begins just after the signal came: here another thread gets it."""
+    code = """
+import ctypes, signal, threading
+from worker.main import _ENDS, _end_at
+_end_at(_ENDS)
+threading.Timer(0.2, lambda: signal.pthread_kill(threading.get_ident(), signal.SIGTERM)).start()
+ctypes.CDLL(None).sleep(300)
+"""
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=100, check=False).returncode == 0
