@@ -14,7 +14,7 @@ import signal
 import sys
 import threading
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import fields
 from datetime import UTC, datetime
 from typing import NoReturn
@@ -127,8 +127,8 @@ def make_executor(config: WorkerConfig) -> Executor:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
+    _end_at_signals()  # nothing here is worth a tidy end
     _obey_the_supervisor()
-    _end_at(_ENDS)  # nothing here is worth a tidy end
     config, log_level, log_format = parse(sys.argv[1:] if arguments is None else arguments)
     _log_to_stderr(log_level, log_format)
     try:
@@ -175,18 +175,18 @@ def _heard(*_: object) -> None:
     """Python writes the number to the wakeup descriptor as the signal comes, and calls this when the main thread next can."""
 
 
-def _end_at(ends: Mapping[int, int]) -> None:
-    """Ends the process at these signals. A thread waits for them: the main thread may be about to sleep in a poll, which a
-    signal that came just before does not wake, or be busy in a step."""
+def _end_at_signals() -> None:
+    """A thread waits for them: the main thread may be about to sleep in a poll, which a signal that came just before does not
+    wake, or be busy in a step."""
     signal.signal(signal.SIGTERM, _heard)
     reads, writes = os.pipe()
     os.set_blocking(writes, False)
     signal.set_wakeup_fd(writes, warn_on_full_buffer=False)
 
     def wait() -> None:
-        while (number := os.read(reads, 1)[0]) not in ends:
+        while (number := os.read(reads, 1)[0]) not in _ENDS:
             pass
-        os._exit(ends[number])
+        os._exit(_ENDS[number])
 
     threading.Thread(target=wait, name="signals", daemon=True).start()
 

@@ -306,8 +306,8 @@ def test_a_signal_ends_it_though_the_main_thread_sleeps_where_no_signal_wakes_it
     """As in a poll that begins just after the signal came: here another thread gets it."""
     code = """
 import ctypes, signal, threading
-from worker.main import _ENDS, _end_at
-_end_at(_ENDS)
+from worker.main import _end_at_signals
+_end_at_signals()
 threading.Timer(0.2, lambda: signal.pthread_kill(threading.get_ident(), signal.SIGTERM)).start()
 ctypes.CDLL(None).sleep(300)
 """
